@@ -1,0 +1,64 @@
+"""A bundle opened for use: what the service and the offline scorer both start from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from bundle.encode import Encoder
+from bundle.golden import Golden, read_golden
+from bundle.items import ItemTable
+from bundle.manifest import (
+    FEATURES,
+    GOLDEN,
+    ITEMS,
+    MODEL,
+    VOCABULARY,
+    BundleError,
+    Manifest,
+    read_manifest,
+    verify,
+)
+from bundle.spec import read_spec
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The parts of one bundle. The item table and the model stay on disk, memory-mapped."""
+
+    folder: Path
+    manifest: Manifest
+    encoder: Encoder
+    golden: list[Golden]
+
+    @property
+    def model(self) -> Path:
+        return self.folder / MODEL
+
+
+def open_artifact(folder: Path, *, check: bool = True) -> Artifact:
+    """Opens the bundle in `folder`, verifying every checksum unless `check` is False.
+
+    Raises:
+        BundleError: anything about it is not as its manifest and its spec say.
+    """
+    manifest = verify(folder) if check else read_manifest(folder)
+    try:
+        spec = read_spec(folder / FEATURES)
+        vocabulary = json.loads((folder / VOCABULARY).read_text())
+        items = ItemTable.read(folder / ITEMS)
+        golden = read_golden(folder / GOLDEN)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BundleError(f"{folder.name}: {error}") from error
+    _check_widths(items, len(spec.of("item", "categorical")), len(spec.of("item", "numeric")))
+    return Artifact(folder, manifest, Encoder(spec, vocabulary, items), golden)
+
+
+def _check_widths(items: ItemTable, num_categorical: int, num_numeric: int) -> None:
+    found = (items.categorical.shape[1], items.numeric.shape[1])
+    if found != (num_categorical, 2 * num_numeric):
+        raise BundleError(
+            f"items/: {found[0]} categorical and {found[1]} numeric columns,"
+            f" the spec needs {num_categorical} and {2 * num_numeric}"
+        )

@@ -1,0 +1,168 @@
+"""What a bundle is: its files and checksums, where it comes from, what it was measured at.
+
+A bundle is a directory that is never changed once it has its manifest. Its id is derived from its
+content, so the same training gives the same id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+SCHEMA_VERSION = 1
+MANIFEST = "manifest.json"
+FEATURES = "features.toml"
+VOCABULARY = "vocabulary.json"
+MODEL = "actr.onnx"
+ITEMS = "items"
+GOLDEN = "golden.json"
+REFERENCE = "reference.json"
+REQUIRED = (FEATURES, VOCABULARY, MODEL, GOLDEN, REFERENCE)
+
+
+class BundleError(ValueError):
+    """A bundle is not usable; the message names the file and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class Window:
+    """The TPM window that the bundle was trained for. No other one may be used with it."""
+
+    month: str
+    """The newest of its three months, "2017-10"."""
+    build: str
+    """Content hash of the published window."""
+    dim: int
+    """Size of a vector; a row of the window has dim + 1 values, the last one is the bias."""
+
+
+@dataclass(frozen=True)
+class Lineage:
+    """Which data each tier saw; dates are inclusive, "2017-10-31"."""
+
+    tpm_months: tuple[str, ...]
+    cpm_id: str
+    cpm_from: str
+    cpm_to: str
+    actr_from: str
+    actr_to: str
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One input of the graph; a dimension is a number or a name (of what varies)."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """`manifest.json`. `id` and `files` are filled in by `seal`."""
+
+    dataset: str
+    created: str
+    """UTC, ISO 8601."""
+    asof: str
+    """The day whose requests the item table's counts are for: they end the day before."""
+    seed: int
+    window: Window
+    lineage: Lineage
+    inputs: tuple[Tensor, ...]
+    metrics: dict[str, float]
+    """Held-out figures by name, as measured before the bundle was written; may be empty."""
+    files: dict[str, str] = field(default_factory=dict)
+    """sha256 by path, relative to the bundle."""
+    id: str = ""
+    schema_version: int = SCHEMA_VERSION
+
+
+def seal(draft: Path, manifest: Manifest) -> Manifest:
+    """Makes the files in `draft` a bundle: computes checksums and id and writes the manifest."""
+    for name in REQUIRED:
+        if not (draft / name).is_file():
+            raise BundleError(f"{draft}: {name} is missing")
+    files = {path: _sha256(draft / path) for path in _paths(draft)}
+    content = json.dumps([files, asdict(manifest.lineage), asdict(manifest.window)], sort_keys=True)
+    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+    sealed = replace(manifest, files=files, id=f"{manifest.asof}-{digest}")
+    with (draft / MANIFEST).open("w") as file:
+        json.dump(asdict(sealed), file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+    return sealed
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads `manifest.json` without looking at the other files.
+
+    Raises:
+        BundleError: absent, not JSON, of another schema version, or with fields missing.
+    """
+    path = folder / MANIFEST
+    try:
+        document = json.loads(path.read_text())
+        return _parse(document, path)
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise BundleError(f"{path}: unreadable: {error}") from error
+    except (TypeError, KeyError, AttributeError) as error:
+        raise BundleError(f"{path}: not a manifest: {error}") from error
+
+
+def verify(folder: Path) -> Manifest:
+    """Reads the manifest and checks every file against it.
+
+    Raises:
+        BundleError: a file is absent, changed, not listed, or a link that leads elsewhere.
+    """
+    manifest = read_manifest(folder)
+    present = set(_paths(folder))
+    for path in sorted(present | set(manifest.files)):
+        if path not in present:
+            raise BundleError(f"{folder.name}/{path}: missing")
+        if path not in manifest.files:
+            raise BundleError(f"{folder.name}/{path}: not in the manifest")
+        if _sha256(folder / path) != manifest.files[path]:
+            raise BundleError(f"{folder.name}/{path}: checksum differs from the manifest's")
+    for path in REQUIRED:
+        if path not in present:
+            raise BundleError(f"{folder.name}/{path}: missing")
+    return manifest
+
+
+def _parse(document: dict[str, Any], path: Path) -> Manifest:
+    if document.get("schema_version") != SCHEMA_VERSION:
+        found = document.get("schema_version")
+        raise BundleError(f"{path}: schema version {found!r}, this program reads {SCHEMA_VERSION}")
+    lineage = dict(document["lineage"])
+    lineage["tpm_months"] = tuple(lineage["tpm_months"])
+    inputs = (Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in document["inputs"])
+    return Manifest(
+        **{
+            **document,
+            "window": Window(**document["window"]),
+            "lineage": Lineage(**lineage),
+            "inputs": tuple(inputs),
+        }
+    )
+
+
+def _paths(folder: Path) -> list[str]:
+    """All files of a bundle but the manifest, relative; links are refused."""
+    found = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            raise BundleError(f"{path}: a bundle must not contain links")
+        if path.is_file() and path != folder / MANIFEST:
+            found.append(path.relative_to(folder).as_posix())
+    return found
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

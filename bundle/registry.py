@@ -1,0 +1,163 @@
+"""Where bundles live: `bundles/ID/` and one `current.json`, the only thing that ever changes."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+from bundle.manifest import BundleError, Manifest, read_manifest, verify
+
+_ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
+
+
+class RegistryError(ValueError):
+    """The registry can't do what was asked; the message says what would be right."""
+
+
+@dataclass(frozen=True)
+class Current:
+    """Which bundle is live, and which one was before it."""
+
+    current: str
+    previous: str | None
+    changed_at: str
+    """UTC, ISO 8601."""
+
+
+class Registry:
+    """A directory of bundles with one of them promoted."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def path(self, bundle_id: str) -> Path:
+        """Where the bundle of that id is.
+
+        Raises:
+            RegistryError: the id is malformed or not here.
+        """
+        folder = self.root / "bundles" / bundle_id
+        if not _ID.fullmatch(bundle_id) or not folder.is_dir():
+            known = ", ".join(self.ids()) or "none; run 'ecdctr export' first"
+            raise RegistryError(f"no bundle {bundle_id!r} in {self.root}; there are: {known}")
+        return folder
+
+    def ids(self) -> list[str]:
+        """Ids of all complete bundles, sorted."""
+        folders = (self.root / "bundles").glob("*/manifest.json")
+        return sorted(path.parent.name for path in folders if _ID.fullmatch(path.parent.name))
+
+    def read(self, bundle_id: str) -> Manifest:
+        return read_manifest(self.path(bundle_id))
+
+    @contextmanager
+    def draft(self) -> Iterator[Path]:
+        """A temporary folder on the registry's own file system, gone when the block ends."""
+        folder = self.root / f".draft-{os.getpid()}-{os.urandom(4).hex()}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def publish(self, draft: Path) -> str:
+        """Moves a sealed draft into place, in one step; the same bundle twice is fine.
+
+        Raises:
+            BundleError: the draft does not match its own manifest.
+        """
+        manifest = verify(draft)
+        for path in draft.rglob("*"):
+            _sync(path)
+        target = self.root / "bundles" / manifest.id
+        target.parent.mkdir(exist_ok=True)
+        try:
+            draft.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            verify(target)
+        _sync(target.parent)
+        return manifest.id
+
+    def current(self) -> Current | None:
+        """What is promoted; None before the first promotion.
+
+        Raises:
+            RegistryError: `current.json` is there but can't be read.
+        """
+        path = self.root / "current.json"
+        try:
+            return Current(**json.loads(path.read_text()))
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, TypeError) as error:
+            raise RegistryError(f"{path}: unreadable: {error}; promote a bundle again") from error
+
+    def promote(self, bundle_id: str) -> Current:
+        """Makes a bundle the current one, after verifying it; promoting it twice changes nothing.
+
+        Raises:
+            RegistryError: no such bundle.
+            BundleError: the bundle is damaged.
+        """
+        verify(self.path(bundle_id))
+        with self._locked():
+            before = self._current_or_none()
+            if before and before.current == bundle_id:
+                return before
+            return self._write(bundle_id, before.current if before else None)
+
+    def rollback(self) -> Current:
+        """Makes the previous bundle the current one; a second call goes forward again.
+
+        Raises:
+            RegistryError: there is no previous bundle.
+        """
+        with self._locked():
+            before = self.current()
+            if before is None or before.previous is None:
+                raise RegistryError(f"{self.root}: no previous bundle to roll back to")
+            verify(self.path(before.previous))
+            return self._write(before.previous, before.current)
+
+    def _current_or_none(self) -> Current | None:
+        try:
+            return self.current()
+        except RegistryError:
+            return None
+
+    def _write(self, current: str, previous: str | None) -> Current:
+        changed = Current(current, previous, datetime.now(UTC).isoformat(timespec="seconds"))
+        temporary = self.root / f".current-{os.getpid()}.json"
+        temporary.write_text(json.dumps(asdict(changed), indent=2))
+        _sync(temporary)
+        os.replace(temporary, self.root / "current.json")
+        _sync(self.root)
+        return changed
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+__all__ = ["BundleError", "Current", "Registry", "RegistryError"]

@@ -1,0 +1,187 @@
+"""The feature spec: which features exist and how each one is encoded (`features.toml`).
+
+A data set brings its spec; every bundle carries a copy. Categorical features become indices into
+an embedding table, numeric ones a value and a presence mark, and the one history becomes columns.
+Index 0 is *missing* in every table.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Entity = Literal["user", "item", "context"]
+Kind = Literal["categorical", "numeric", "history"]
+Encoding = Literal["hash", "vocabulary", "bucketise", "log", "linear"]
+Domain = Literal["natural", "ad"]
+Counted = Literal["impression", "positive"]
+Source = Literal["natural", "ad", "behaviour"]
+"""What is counted: one domain's events, or all behaviour, of either domain or of none."""
+
+_ENCODINGS: dict[Kind, tuple[Encoding, ...]] = {
+    "categorical": ("hash", "vocabulary", "bucketise"),
+    "numeric": ("log", "linear"),
+    "history": (),
+}
+
+
+class SpecError(ValueError):
+    """The feature spec is not usable; the message names the feature and what would be right."""
+
+
+@dataclass(frozen=True)
+class Count:
+    """How a numeric feature is counted: events of `source` in the `days` days before the row's day,
+    grouped by `by`: "user_id", "item_id" or a categorical feature of the item."""
+
+    source: Source
+    of: Counted
+    by: str
+    days: int
+
+
+@dataclass(frozen=True)
+class Feature:
+    """One feature. Which fields apply follows from `kind` and `encoding`."""
+
+    name: str
+    entity: Entity
+    kind: Kind
+    encoding: Encoding | None = None
+    dim: int = 0
+    """Width of the embedding of a categorical feature."""
+    buckets: int = 0
+    """Rows of a hashed table, row 0 (missing) included."""
+    boundaries: tuple[float, ...] = ()
+    """Rising upper bounds (exclusive) of a bucketised value."""
+    table: str = ""
+    """Name of the embedding table; features that name the same table share it."""
+    basic: bool = False
+    """TPM uses it."""
+    count: Count | None = None
+    """Set for point-in-time counts, which are derived from the event log."""
+    max_length: int = 0
+    """History: how many distinct items are kept, newest first."""
+    attend: int = 0
+    """History: how many of the newest take part in target attention."""
+    match: tuple[str, ...] = ()
+    """History: the item features that are matched with the candidate's, besides the item itself."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """All features, in the order in which their columns stand in the encoded arrays."""
+
+    features: tuple[Feature, ...]
+
+    def of(self, entity: Entity, kind: Kind) -> tuple[Feature, ...]:
+        return tuple(f for f in self.features if f.entity == entity and f.kind == kind)
+
+    def names(self, entity: Entity) -> frozenset[str]:
+        return frozenset(f.name for f in self.features if f.entity == entity)
+
+    def __getitem__(self, name: str) -> Feature:
+        for feature in self.features:
+            if feature.name == name:
+                return feature
+        raise SpecError(f"no feature {name!r}; there are: {', '.join(self._all_names())}")
+
+    @property
+    def history(self) -> Feature:
+        """The one history feature."""
+        return next(f for f in self.features if f.kind == "history")
+
+    def _all_names(self) -> list[str]:
+        return [f.name for f in self.features]
+
+
+def read_spec(path: Path) -> Spec:
+    """Reads `features.toml`.
+
+    Raises:
+        SpecError: unreadable TOML, an unknown key, or a feature that contradicts itself.
+    """
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except tomllib.TOMLDecodeError as error:
+        raise SpecError(f"{path}: not TOML: {error}") from error
+    return parse_spec(document, str(path))
+
+
+def parse_spec(document: dict[str, Any], where: str = "features.toml") -> Spec:
+    """The spec in an already parsed TOML document; see `read_spec`."""
+    entries = document.get("feature")
+    if not isinstance(entries, list) or not entries:
+        raise SpecError(f"{where}: needs at least one [[feature]]")
+    features = tuple(_feature(entry, where) for entry in entries)
+    _check_together(features, where)
+    return Spec(features)
+
+
+def _feature(entry: dict[str, Any], where: str) -> Feature:
+    name = entry.get("name")
+    if not isinstance(name, str) or not name:
+        raise SpecError(f"{where}: a [[feature]] has no name: {entry!r}")
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()}
+    try:
+        if "count" in values:
+            values["count"] = Count(**values["count"])
+        values.setdefault("table", name)
+        feature = Feature(**values)
+    except TypeError as error:
+        raise SpecError(f"{where}: feature {name!r}: {error}") from error
+    _check(feature, where)
+    return feature
+
+
+def _check(feature: Feature, where: str) -> None:
+    def refuse(what: str) -> SpecError:
+        return SpecError(f"{where}: feature {feature.name!r}: {what}")
+
+    if feature.entity not in get_args(Entity):
+        raise refuse(f"entity is {feature.entity!r}, must be one of {get_args(Entity)}")
+    if feature.kind not in get_args(Kind):
+        raise refuse(f"kind is {feature.kind!r}, must be one of {get_args(Kind)}")
+    if feature.kind == "history":
+        if not 0 < feature.attend <= feature.max_length:
+            raise refuse("needs 0 < attend <= max_length")
+        return
+    if feature.encoding not in _ENCODINGS[feature.kind]:
+        raise refuse(f"encoding is {feature.encoding!r}, must be one of {_ENCODINGS[feature.kind]}")
+    if feature.kind == "categorical" and feature.dim < 1:
+        raise refuse(f"dim is {feature.dim}, must be at least 1")
+    if feature.encoding == "hash" and feature.buckets < 2:
+        raise refuse(f"buckets is {feature.buckets}, must be at least 2")
+    if feature.encoding == "bucketise" and list(feature.boundaries) != sorted(
+        set(feature.boundaries)
+    ):
+        raise refuse(f"boundaries {feature.boundaries} must rise strictly")
+    if feature.count and (feature.kind != "numeric" or feature.count.days < 1):
+        raise refuse("a count must be numeric and span at least 1 day")
+
+
+def _check_together(features: tuple[Feature, ...], where: str) -> None:
+    names = [f.name for f in features]
+    if len(set(names)) < len(names):
+        raise SpecError(f"{where}: feature names repeat: {sorted(names)}")
+    histories = [f for f in features if f.kind == "history"]
+    if len(histories) != 1:
+        raise SpecError(f"{where}: needs exactly one history feature, has {len(histories)}")
+    item_categorical = {f.name for f in features if (f.entity, f.kind) == ("item", "categorical")}
+    for match in histories[0].match:
+        if match not in item_categorical:
+            raise SpecError(f"{where}: history matches {match!r}, no categorical item feature")
+    for first in features:
+        for second in features:
+            if first.table == second.table and (first.dim, first.buckets, first.encoding) != (
+                second.dim,
+                second.buckets,
+                second.encoding,
+            ):
+                raise SpecError(
+                    f"{where}: {first.name!r} and {second.name!r} share the table"
+                    f" {first.table!r} but differ in dim, buckets or encoding"
+                )
