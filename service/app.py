@@ -1,0 +1,216 @@
+"""The HTTP application, and the server that runs it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from functools import partial
+from importlib.resources import files
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI
+from fastapi.openapi.docs import get_swagger_ui_html
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.responses import FileResponse, Response
+from uvicorn.supervisors import Multiprocess
+
+from embeddings_store import Store, open_store
+from service import errors
+from service.body import BodyLimit
+from service.endpoints import Endpoints
+from service.live import Live
+from service.metrics import CountAnswers, Metrics
+from service.schemas import Models, Problem, ScoreRequest, ScoreResponse
+from service.settings import Settings
+
+GRACE_S = 30
+"""How long requests that are under way may take after SIGTERM."""
+KEEP_ALIVE_S = 80
+"""Longer than the 60 to 75 s of usual load balancers, so that it is they who close."""
+_SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
+_PROBLEMS = {
+    400: "The body is not JSON.",
+    413: "The body is too large.",
+    415: "The body is declared as something other than JSON.",
+    422: "A value is wrong; `errors` names the fields.",
+    503: "No model is live.",
+    504: "The request's `deadline_ms` passed.",
+}
+
+
+class _App(FastAPI):
+    """FastAPI, with the models that it does not handle itself documented all the same."""
+
+    def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is None:
+            schemas = super().openapi().setdefault("components", {}).setdefault("schemas", {})
+            schemas.update(_schemas(ScoreRequest, Problem))
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
+    """The application; it opens files and connections only once it is started.
+
+    `store` is the one that `settings` name unless given.
+    """
+    metrics = Metrics(CollectorRegistry(), settings.metrics_dir)
+    live = Live(settings, metrics, store or open_store(settings.store))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        try:
+            await live.start()
+            yield
+        finally:
+            await live.stop()
+            metrics.close(os.getpid())
+
+    app = _App(
+        title="Cross-domain CTR scoring",
+        description="How likely is a click, for one user and N candidate ads?",
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+    )
+    errors.install(app)
+    # The last one added is the outermost.
+    app.add_middleware(errors.AnswerFaults)
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(CountAnswers, metrics=metrics)
+    _add_endpoints(app, Endpoints(settings, live, metrics))
+    _add_docs(app)
+    return app
+
+
+def _add_endpoints(app: FastAPI, endpoints: Endpoints) -> None:
+    app.post(
+        "/v1/score",
+        summary="Score candidates",
+        response_model=ScoreResponse,
+        responses={status: _problem(text) for status, text in _PROBLEMS.items()},
+        openapi_extra={
+            "requestBody": {"required": True, **_body("application/json", ScoreRequest)}
+        },
+    )(endpoints.score)
+    app.get("/v1/models", summary="Which models there are", response_model=Models)(endpoints.models)
+    app.get("/livez", summary="Is the process alive?")(endpoints.livez)
+    app.get(
+        "/readyz", summary="Can it score?", responses={503: _problem("It can't, and why not.")}
+    )(endpoints.readyz)
+    app.get("/metrics", include_in_schema=False)(endpoints.render_metrics)
+
+
+def _add_docs(app: FastAPI) -> None:
+    """Swagger UI from the installed package. Its own set-up writes the Host header into the page;
+    relative addresses need none, and hold behind a proxy too."""
+    folder = Path(str(files("fastapi_swagger"))) / "resources"
+
+    async def docs() -> Response:
+        return get_swagger_ui_html(
+            openapi_url="openapi.json",
+            title=app.title,
+            swagger_js_url=f"docs/{_SWAGGER_FILES[0]}",
+            swagger_css_url=f"docs/{_SWAGGER_FILES[1]}",
+            swagger_favicon_url=f"docs/{_SWAGGER_FILES[2]}",
+            # Null keeps it from sending the schema to a validator on the internet.
+            swagger_ui_parameters={"validatorUrl": None},
+        )
+
+    app.get("/docs", include_in_schema=False)(docs)
+    for name in _SWAGGER_FILES:
+        app.get(f"/docs/{name}", include_in_schema=False)(_file(folder / name))
+
+
+def _file(path: Path) -> Callable[[], Any]:
+    async def send() -> Response:
+        return FileResponse(path)
+
+    return send
+
+
+def _problem(description: str) -> dict[str, Any]:
+    return {"description": description, **_body(errors.MEDIA_TYPE, Problem)}
+
+
+def _body(media_type: str, model: type[BaseModel]) -> dict[str, Any]:
+    return {"content": {media_type: {"schema": {"$ref": _REF.format(model=model.__name__)}}}}
+
+
+_REF = "#/components/schemas/{model}"
+
+
+def _schemas(*models: type[BaseModel]) -> dict[str, Any]:
+    """JSON schemas of the models and of what they refer to, by name."""
+    _, document = models_json_schema([(m, "validation") for m in models], ref_template=_REF)
+    schemas: dict[str, Any] = document["$defs"]
+    return schemas
+
+
+def serve(settings: Settings, host: str, port: int, workers: int | None = None) -> None:
+    """Serves until SIGTERM or SIGINT, lets running requests end, and returns.
+
+    `workers` processes, one per core unless given, each with its own session; they share the
+    model's memory-mapped pages, and each follows the registry by itself.
+    """
+    workers = workers or len(os.sched_getaffinity(0))
+    if workers == 1:
+        _serve_one(_config(settings, host, port, workers))
+        return
+    with TemporaryDirectory(prefix="ecdctr-metrics-") as folder:
+        # Read by prometheus_client when a worker imports it.
+        os.environ["PROMETHEUS_MULTIPROC_DIR"] = folder
+        config = _config(replace(settings, metrics_dir=Path(folder)), host, port, workers)
+        # Workers are spawned, not forked: no thread or lock of this process comes along.
+        with config.bind_socket() as listener:
+            Multiprocess(config, [listener]).run()
+
+
+def _serve_one(config: uvicorn.Config) -> None:
+    # uvicorn raises the signal that ended it once more, for the handler from before.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+    server = uvicorn.Server(config)
+    server.run()
+    if not server.started:
+        sys.exit("the server did not start; the log says why")
+
+
+def _config(settings: Settings, host: str, port: int, workers: int) -> uvicorn.Config:
+    return uvicorn.Config(
+        partial(create_app, settings),
+        factory=True,
+        host=host,
+        port=port,
+        workers=workers,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        access_log=False,
+        server_header=False,
+        log_config=_log_config(settings.log_level),
+        timeout_keep_alive=KEEP_ALIVE_S,
+        timeout_graceful_shutdown=GRACE_S,
+    )
+
+
+def _log_config(level: str) -> dict[str, Any]:
+    line = {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}
+    handler = {"class": "logging.StreamHandler", "formatter": "line"}
+    return {
+        "version": 1,
+        "disable_existing_loggers": False,
+        "formatters": {"line": line},
+        "handlers": {"stderr": handler},
+        "root": {"level": level.upper(), "handlers": ["stderr"]},
+    }

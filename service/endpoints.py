@@ -1,0 +1,115 @@
+"""What each path does. `app` says which path that is and how it is documented."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from dataclasses import asdict, dataclass
+
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from bundle.registry import Registry
+from service.body import check_json
+from service.errors import ImpossibleScoreError, NotReadyError
+from service.live import Live
+from service.metrics import CONTENT_TYPE, Metrics
+from service.schemas import LiveModel, Models, RefusedModel, ScoreRequest, decode
+from service.scorer import Deadline, Scored, Stages
+from service.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Endpoints:
+    """The handlers, and what they share."""
+
+    settings: Settings
+    live: Live
+    metrics: Metrics
+
+    async def score(self, request: Request) -> Response:
+        """Click probabilities of N candidates for one user, in the order of the candidates."""
+        started_s = time.perf_counter()
+        stages = Stages()
+        check_json(request.headers.get("content-type"))
+        with stages.timed("receive"):
+            body = await request.body()
+        with stages.timed("decode"):
+            asked = decode(body, self.settings)
+        scored = await self._scored(asked, Deadline.after(started_s, asked.deadline_ms), stages)
+        with stages.timed("serialise"):
+            content = _content(scored, asked.request_id)
+        stages.seconds["total"] = time.perf_counter() - started_s
+        self.metrics.scored(scored, stages.seconds.items())
+        return Response(content, media_type="application/json", headers=_timing(stages))
+
+    async def models(self) -> Response:
+        """The live bundle, the last refusals, and all bundles in the registry."""
+        available = await asyncio.to_thread(Registry(self.settings.registry).ids)
+        refusals = [RefusedModel(**asdict(refusal)) for refusal in self.live.refusals]
+        models = Models(live=self._live_model(), refusals=refusals, available=available)
+        return _json(models.model_dump())
+
+    async def livez(self) -> Response:
+        """The process answers. Nothing is looked at, so nothing can make it slow or fail."""
+        return _json({"status": "alive"})
+
+    async def readyz(self) -> Response:
+        """A bundle is live, so requests can be scored; 503 and the reason otherwise."""
+        if reason := self.live.why_not_ready():
+            raise NotReadyError(reason)
+        return _json({"status": "ready"})
+
+    async def render_metrics(self) -> Response:
+        """Metrics in Prometheus' text format."""
+        return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
+
+    async def _scored(self, asked: ScoreRequest, deadline: Deadline, stages: Stages) -> Scored:
+        try:
+            with self.live.use() as scorer:
+                return await scorer.score(asked.to_encode(), deadline, stages)
+        except ImpossibleScoreError as error:
+            self.metrics.impossible.inc()
+            log.error("request %r: %s", asked.request_id, error)
+            raise
+
+    def _live_model(self) -> LiveModel | None:
+        if self.live.scorer is None:
+            return None
+        manifest = self.live.scorer.artifact.manifest
+        return LiveModel(
+            id=manifest.id,
+            asof=manifest.asof,
+            created=manifest.created,
+            since=self.live.since,
+            dataset=manifest.dataset,
+            window=asdict(manifest.window),
+            lineage=asdict(manifest.lineage),
+            metrics=manifest.metrics,
+        )
+
+
+def _content(scored: Scored, request_id: str | None) -> bytes:
+    """A `ScoreResponse` as JSON. Not through pydantic: the scores are an array already."""
+    answer = {
+        "model": scored.model,
+        "scores": scored.scores,
+        "degraded": [{"what": what, "reason": why} for what, why in scored.degraded.items()],
+        "missing": scored.missing,
+        "request_id": request_id,
+    }
+    return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY)
+
+
+def _timing(stages: Stages) -> dict[str, str]:
+    """Milliseconds per stage, as browsers and proxies read them."""
+    entries = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in stages.seconds.items())
+    return {"server-timing": ", ".join(entries)}
+
+
+def _json(document: object) -> Response:
+    return Response(orjson.dumps(document), media_type="application/json")

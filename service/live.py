@@ -1,0 +1,210 @@
+"""Which bundle is live: follows the registry, loads beside what is live, swaps between requests."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from bundle.registry import Current, Registry, RegistryError
+from embeddings_store import Store
+from service.errors import NotReadyError
+from service.metrics import Metrics
+from service.scorer import Scorer
+from service.settings import Settings
+from service.vetting import RefusedError, load
+
+log = logging.getLogger(__name__)
+
+MAX_REFUSALS = 10
+_DRAIN_S = 30.0
+"""Longest wait for requests that began on a replaced bundle; each is bounded by itself."""
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a bundle did not go live; `bundle` is None when it is not known which one should."""
+
+    bundle: str | None
+    kind: str
+    reason: str
+    at: str
+    """UTC, ISO 8601."""
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What the registry shows: as long as it is equal, a refused bundle would be refused again."""
+
+    current: Current | None
+    error: str = ""
+    files: tuple[tuple[str, int, int], ...] = ()
+    """Path, size in bytes and time of change of each file of the current bundle."""
+
+
+class Live:
+    """Owns the live scorer, and the task that replaces it. All methods are for the event loop."""
+
+    def __init__(self, settings: Settings, metrics: Metrics, store: Store) -> None:
+        self._settings, self._metrics, self._store = settings, metrics, store
+        self._registry = Registry(settings.registry)
+        self._scorer: Scorer | None = None
+        self._tried: _Sight | None = None
+        self._task: asyncio.Task[None] | None = None
+        self.since = ""
+        """When the live bundle went live; UTC, ISO 8601."""
+        self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
+        """Newest first."""
+
+    @property
+    def scorer(self) -> Scorer | None:
+        """The live scorer, to look at; score with `use`."""
+        return self._scorer
+
+    @contextmanager
+    def use(self) -> Iterator[Scorer]:
+        """The live scorer, which stays usable until the block ends, whatever goes live meanwhile.
+
+        Raises:
+            NotReadyError: no bundle is live; the text says why.
+        """
+        if self._scorer is None:
+            raise NotReadyError(self.why_not_ready())
+        with self._scorer.in_use() as scorer:
+            yield scorer
+
+    def why_not_ready(self) -> str:
+        """Empty when a bundle is live."""
+        if self._scorer is not None:
+            return ""
+        if self.refusals:
+            return f"the current bundle was refused: {self.refusals[0].reason}"
+        return "no bundle has been promoted"
+
+    async def start(self) -> None:
+        """Tries the current bundle once, so that a process which accepts requests can answer them,
+        then follows the registry until `stop`."""
+        await self.refresh()
+        self._task = asyncio.create_task(self._follow())
+
+    async def stop(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._task
+        if self._scorer is not None:
+            scorer, self._scorer = self._scorer, None
+            await scorer.close()
+            scorer.release()
+            gc.unfreeze()
+        self._store.close()
+
+    async def refresh(self) -> None:
+        """Makes the registry's current bundle the live one, or notes why it can't be. Never raises
+        for what is wrong with a bundle, the registry or the store."""
+        sight = await asyncio.to_thread(self._look)
+        if sight == self._tried or self._is_live(sight):
+            return
+        self._tried = sight
+        bundle_id = sight.current.current if sight.current else None
+        try:
+            if sight.error:
+                raise RefusedError("registry", sight.error)
+            if bundle_id is None:
+                return
+            scorer = await self._load(bundle_id)
+        except RefusedError as refused:
+            self._refuse(bundle_id, refused)
+        except Exception as error:
+            log.exception("loading bundle %s failed", bundle_id)
+            self._refuse(bundle_id, RefusedError("internal", f"{type(error).__name__}: {error}"))
+        else:
+            await self._swap(scorer)
+
+    async def _follow(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.poll_s)
+            try:
+                await self.refresh()
+            except Exception:
+                log.exception("following the registry failed; trying again")
+
+    def _look(self) -> _Sight:
+        try:
+            current = self._registry.current()
+            if current is None:
+                return _Sight(None)
+        except RegistryError as error:
+            return _Sight(None, str(error))
+        return _Sight(current, files=self._files(current.current))
+
+    def _files(self, bundle_id: str) -> tuple[tuple[str, int, int], ...]:
+        """Nothing when there is no such bundle, which loading it then says in words."""
+        try:
+            folder = self._registry.path(bundle_id)
+            found = sorted((path, path.lstat()) for path in folder.rglob("*"))
+        except (RegistryError, OSError):
+            return ()
+        return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
+
+    def _is_live(self, sight: _Sight) -> bool:
+        return bool(self._scorer and sight.current and sight.current.current == self._scorer.id)
+
+    async def _load(self, bundle_id: str) -> Scorer:
+        try:
+            folder = self._registry.path(bundle_id)
+        except RegistryError as error:
+            raise RefusedError("registry", str(error)) from error
+        return await load(folder, self._store, self._settings.store_deadline_ms)
+
+    def _refuse(self, bundle_id: str | None, refused: RefusedError) -> None:
+        self._metrics.refusals.labels(refused.kind).inc()
+        if refused.kind == "store":
+            self._tried = None  # may pass by itself, so the next poll tries again
+        refusal = Refusal(bundle_id, refused.kind, str(refused), _now())
+        last = self.refusals[0] if self.refusals else None
+        if last and (last.bundle, last.kind) == (refusal.bundle, refusal.kind):
+            self.refusals[0] = refusal
+        else:
+            self.refusals.appendleft(refusal)
+            log.error("bundle %s refused (%s): %s", bundle_id, refused.kind, refused)
+
+    async def _swap(self, scorer: Scorer) -> None:
+        old, self._scorer, self.since = self._scorer, scorer, _now()
+        replaced = _labels(old) if old else None
+        self._metrics.live(*_labels(scorer), replaced=replaced)
+        log.info("bundle %s is live, window %s", *_labels(scorer))
+        if old is not None:
+            await _retire(old)
+        # What is alive now stays alive until the next swap. Frozen, it is not walked through by
+        # every full collection, which would stop all requests for tens of milliseconds.
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+
+async def _retire(scorer: Scorer) -> None:
+    """Waits for the requests that began on it, then frees it, in a thread."""
+    try:
+        async with asyncio.timeout(_DRAIN_S):
+            while scorer.in_flight:
+                await asyncio.sleep(0.01)
+    except TimeoutError:
+        log.error("%d requests on bundle %s did not end", scorer.in_flight, scorer.id)
+    finally:
+        await scorer.close()
+    await asyncio.to_thread(scorer.release)
+
+
+def _labels(scorer: Scorer) -> tuple[str, str]:
+    window = scorer.artifact.manifest.window
+    return scorer.id, f"{window.month}-{window.build}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

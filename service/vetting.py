@@ -1,0 +1,198 @@
+"""What a bundle has to pass before it goes live. All of it runs beside the bundle that is live."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from bundle.artifact import Artifact, open_artifact
+from bundle.encode import Arrays, FeatureError, Request
+from bundle.golden import TOLERANCE
+from bundle.manifest import BundleError, Manifest, Tensor, read_manifest
+from embeddings_store import Reader, Store, StoreCorrupt, StoreError, WindowNotFound, WindowRef
+from service.scorer import OUTPUT, Scorer, absent_windows, open_session, window_inputs
+
+Reason = Literal[
+    "registry", "bundle", "model", "inputs", "golden", "constant", "window", "store", "internal"
+]
+"""registry: current.json, or the bundle that it names, is not there. bundle: files, checksums,
+spec. model: onnxruntime can't load it. inputs: the graph is not what the manifest says. golden:
+recorded scores are not reproduced. constant: all scores are equal. window: the store has no such
+window. store: it gave no answer, so the bundle is tried again. internal: a fault in the service."""
+
+WARM_UP_SIZES = (1, 50, 200, 500)
+"""Candidates per warm-up request: the first run of a shape is slow."""
+_SAME_SCORE = 1e-6
+"""Relative spread up to which scores count as equal: float32 noise is a tenth of it."""
+_DTYPES: Mapping[str, str] = {
+    "tensor(float)": "float32",
+    "tensor(double)": "float64",
+    "tensor(float16)": "float16",
+    "tensor(int32)": "int32",
+    "tensor(int64)": "int64",
+    "tensor(bool)": "bool",
+}
+
+
+class RefusedError(Exception):
+    """A bundle must not go live: `kind` is for a metric, the text for people."""
+
+    def __init__(self, kind: Reason, text: str) -> None:
+        super().__init__(text)
+        self.kind: Reason = kind
+
+
+async def load(folder: Path, store: Store, store_deadline_ms: float) -> Scorer:
+    """Opens, checks and warms the bundle in `folder`; the event loop stays free meanwhile.
+
+    Raises:
+        RefusedError: it must not go live; nothing of it is left open.
+    """
+    reader = None
+    try:
+        manifest = read_manifest(folder)
+        # First, because it is cheap: a store that is away is asked again and again.
+        reader = await _open_reader(manifest, store)
+        return await asyncio.to_thread(_build, folder, manifest, reader, store_deadline_ms)
+    except BaseException as error:
+        if reader is not None:
+            await reader.close()
+        if isinstance(error, BundleError):
+            raise RefusedError("bundle", str(error)) from error
+        if isinstance(error, FeatureError):
+            raise RefusedError("golden", f"{folder.name}: {error}") from error
+        raise
+
+
+async def _open_reader(manifest: Manifest, store: Store) -> Reader:
+    window = manifest.window
+    try:
+        reader = await store.reader(WindowRef(window.month, window.build))
+    except (WindowNotFound, StoreCorrupt, ValueError) as error:
+        raise RefusedError("window", f"{manifest.id}: {error}") from error
+    except StoreError as error:
+        raise RefusedError("store", f"{manifest.id}: {error}") from error
+    if reader.dim != window.dim:
+        await reader.close()
+        raise RefusedError(
+            "window", f"{manifest.id}: needs vectors of {window.dim}, not {reader.dim}"
+        )
+    return reader
+
+
+def _build(folder: Path, manifest: Manifest, reader: Reader, store_deadline_ms: float) -> Scorer:
+    artifact = open_artifact(folder)
+    if artifact.manifest != manifest or manifest.id != folder.name:
+        raise BundleError(f"{folder.name}: its manifest is that of {artifact.manifest.id!r}")
+    session = _open_model(artifact)
+    _check_inputs(artifact, session)
+    scorer = Scorer(artifact, session, reader, store_deadline_ms)
+    _check_golden(scorer)
+    _warm_up(scorer)
+    return scorer
+
+
+def _open_model(artifact: Artifact) -> ort.InferenceSession:
+    try:
+        return open_session(artifact.model)
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        raise RefusedError("model", f"{artifact.manifest.id}: {error}") from error
+
+
+def _check_inputs(artifact: Artifact, session: ort.InferenceSession) -> None:
+    """The graph takes what the manifest lists, and the encoder makes it in that type and shape."""
+    bundle_id = artifact.manifest.id
+    listed = {tensor.name: tensor for tensor in artifact.manifest.inputs}
+    graph = {node.name: _tensor(node) for node in session.get_inputs()}
+    if listed.keys() != graph.keys():
+        differ = ", ".join(sorted(listed.keys() ^ graph.keys()))
+        raise RefusedError(
+            "inputs", f"{bundle_id}: in the manifest or the graph, not in both: {differ}"
+        )
+    outputs = [_tensor(node) for node in session.get_outputs()]
+    if [(o.name, o.dtype, len(o.shape)) for o in outputs] != [(OUTPUT, "float32", 1)]:
+        raise RefusedError("inputs", f"{bundle_id}: output is {outputs}, must be score float32 [N]")
+    made = _arrays(artifact, _golden_request(artifact, 2))
+    for name, tensor in graph.items():
+        if name not in made:
+            raise RefusedError("inputs", f"{bundle_id}: nothing makes the graph's input {name!r}")
+        for expected in (tensor, listed[name]):
+            _check_fits(bundle_id, name, made[name].dtype.name, made[name].shape, expected)
+
+
+def _tensor(node: ort.NodeArg) -> Tensor:
+    # onnxruntime gives None for a dimension without a name.
+    shape = tuple("?" if size is None else size for size in node.shape)
+    return Tensor(node.name, _DTYPES.get(node.type, node.type), shape)
+
+
+def _check_fits(
+    bundle_id: str, name: str, dtype: str, shape: tuple[int, ...], expected: Tensor
+) -> None:
+    sizes = zip(shape, expected.shape, strict=False)
+    fits = len(shape) == len(expected.shape) and all(
+        isinstance(right, str) or left == right for left, right in sizes
+    )
+    if dtype != expected.dtype or not fits:
+        raise RefusedError(
+            "inputs",
+            f"{bundle_id}: {name} is {dtype} {list(shape)}, must be"
+            f" {expected.dtype} {list(expected.shape)}",
+        )
+
+
+def _check_golden(scorer: Scorer) -> None:
+    """The recorded requests give the recorded scores, here too, and not one and the same score."""
+    given = []
+    for place, golden in enumerate(scorer.artifact.golden):
+        where = f"{scorer.id}: golden request {place}"
+        try:
+            encoded = scorer.artifact.encoder.request(golden.request)
+            scores = scorer.run({**encoded.inputs, **golden.windows})
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            raise RefusedError("golden", f"{where}: {error}") from error
+        if scores.shape != golden.scores.shape:
+            raise RefusedError("golden", f"{where}: {len(scores)} scores, not {len(golden.scores)}")
+        worst = float(np.abs(scores - golden.scores).max(initial=0.0))
+        if not worst <= TOLERANCE:
+            raise RefusedError(
+                "golden", f"{where}: a score is off by {worst:.2g}, above {TOLERANCE:g}"
+            )
+        given.append(scores)
+    everything = np.concatenate(given)
+    if np.ptp(everything) <= _SAME_SCORE * everything.max():
+        raise RefusedError("constant", f"{scorer.id}: all golden scores are {everything.max():.6g}")
+
+
+def _warm_up(scorer: Scorer) -> None:
+    """Runs every size without windows, which also shows that a degraded answer has scores."""
+    for num in WARM_UP_SIZES:
+        inputs = _arrays(scorer.artifact, _golden_request(scorer.artifact, num))
+        try:
+            scorer.run(inputs)
+        except Exception as error:  # onnxruntime's errors have no base of their own
+            text = f"{scorer.id}: {num} candidates without windows: {error}"
+            raise RefusedError("model", text) from error
+
+
+def _golden_request(artifact: Artifact, num: int) -> Request:
+    """The first golden request that has candidates, with `num` of them, in turn."""
+    for golden in artifact.golden:
+        if len(golden.request.item_ids):
+            ids = golden.request.item_ids
+            repeated = [ids[i % len(ids)] for i in range(num)]
+            return replace(golden.request, item_ids=repeated, item_features={})
+    raise RefusedError(
+        "golden", f"{artifact.manifest.id}: golden.json has no request with candidates"
+    )
+
+
+def _arrays(artifact: Artifact, request: Request) -> Arrays:
+    windows = absent_windows(len(request.item_ids), artifact.manifest.window.dim)
+    return {**artifact.encoder.request(request).inputs, **window_inputs(windows)}

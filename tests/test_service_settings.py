@@ -1,0 +1,58 @@
+"""Settings are read once, checked, and complain in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from service.settings import Settings, SettingsError
+
+
+def test_defaults_need_only_a_registry_and_a_store(tmp_path: Path) -> None:
+    settings = Settings.from_env({"ECDCTR_REGISTRY": str(tmp_path), "ECDCTR_STORE": "store"})
+    assert settings == Settings(registry=tmp_path, store="store")
+    assert settings.store_deadline_ms == 10
+    assert settings.max_body_bytes == 4 * 1024 * 1024
+
+
+def test_every_variable_is_read(tmp_path: Path) -> None:
+    settings = Settings.from_env(
+        {
+            "ECDCTR_REGISTRY": str(tmp_path),
+            "ECDCTR_STORE": "redis://example:6379",
+            "ECDCTR_STORE_DEADLINE_MS": "2.5",
+            "ECDCTR_POLL_S": "0.5",
+            "ECDCTR_MAX_BODY_BYTES": "1000",
+            "ECDCTR_MAX_CANDIDATES": "7",
+            "ECDCTR_MAX_HISTORY": "8",
+            "ECDCTR_LOG_LEVEL": "DEBUG",
+            "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
+        }
+    )
+    assert settings == Settings(
+        tmp_path, "redis://example:6379", 2.5, 0.5, 1000, 7, 8, "debug", tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "expected"),
+    [
+        ("ECDCTR_REGISTRY", "", "is not set"),
+        ("ECDCTR_REGISTRY", "/no/such/folder", "is not a directory"),
+        ("ECDCTR_STORE", "", "is not set"),
+        ("ECDCTR_STORE_DEADLINE_MS", "0", "must be a number above 0"),
+        ("ECDCTR_STORE_DEADLINE_MS", "inf", "must be a number above 0"),
+        ("ECDCTR_POLL_S", "often", "must be a number above 0"),
+        ("ECDCTR_MAX_BODY_BYTES", "4MiB", "must be a whole number above 0"),
+        ("ECDCTR_MAX_CANDIDATES", "-1", "must be a whole number above 0"),
+        ("ECDCTR_MAX_HISTORY", "1.5", "must be a whole number above 0"),
+        ("ECDCTR_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
+    ],
+)
+def test_a_wrong_value_names_its_variable_and_what_is_right(
+    tmp_path: Path, name: str, value: str, expected: str
+) -> None:
+    environ = {"ECDCTR_REGISTRY": str(tmp_path), "ECDCTR_STORE": "store", name: value}
+    with pytest.raises(SettingsError, match=f"{name}.*{expected}"):
+        Settings.from_env(environ)
