@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,15 +46,24 @@ def open_artifact(folder: Path, *, check: bool = True) -> Artifact:
         BundleError: anything about it is not as its manifest and its spec say.
     """
     manifest = verify(folder) if check else read_manifest(folder)
-    try:
+    with _reading(folder, FEATURES):
         spec = read_spec(folder / FEATURES)
-        vocabulary = json.loads((folder / VOCABULARY).read_text())
+    with _reading(folder, ITEMS):
         items = ItemTable.read(folder / ITEMS)
+    with _reading(folder, GOLDEN):
         golden = read_golden(folder / GOLDEN)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise BundleError(f"{folder.name}: {error}") from error
+    with _reading(folder, VOCABULARY):
+        encoder = Encoder(spec, json.loads((folder / VOCABULARY).read_text()), items)
     _check_widths(items, len(spec.of("item", "categorical")), len(spec.of("item", "numeric")))
-    return Artifact(folder, manifest, Encoder(spec, vocabulary, items), golden)
+    return Artifact(folder, manifest, encoder, golden)
+
+
+@contextmanager
+def _reading(folder: Path, name: str) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise BundleError(f"{folder.name}/{name}: {type(error).__name__}: {error}") from error
 
 
 def _check_widths(items: ItemTable, num_categorical: int, num_numeric: int) -> None:

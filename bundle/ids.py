@@ -16,13 +16,16 @@ import numpy.typing as npt
 Id = str | int
 Keys = npt.NDArray[np.uint64]
 
-_OFFSET = np.uint64(0xCBF29CE484222325)
-_PRIME = np.uint64(0x00000100000001B3)
-_MIX_1 = np.uint64(0xFF51AFD7ED558CCD)
-_MIX_2 = np.uint64(0xC4CEB9FE1A85EC53)
-_SHIFT = np.uint64(33)
+_OFFSET = 0xCBF29CE484222325
+_PRIME = 0x00000100000001B3
+_MIX_1 = 0xFF51AFD7ED558CCD
+_MIX_2 = 0xC4CEB9FE1A85EC53
+_SHIFT = 33
 # ONNX has no unsigned arithmetic to speak of: 63 bits fit its int64 without a sign.
-_POSITIVE = np.uint64((1 << 63) - 1)
+_POSITIVE = (1 << 63) - 1
+_64_BITS = (1 << 64) - 1
+_FEW = 16
+"""Up to so many ids, plain integers are faster than arrays."""
 
 
 class IdCollisionError(ValueError):
@@ -31,19 +34,28 @@ class IdCollisionError(ValueError):
 
 def hash_ids(ids: Sequence[Id]) -> Keys:
     """Keys uint64 [n], each in 1 .. 2**63 - 1, of n ids. Key 0 is never returned: it pads."""
-    encoded = [str(value).encode("utf-8", "surrogatepass") for value in ids]
-    if not encoded:
-        return np.empty(0, np.uint64)
-    lengths = np.fromiter(map(len, encoded), np.int64, len(encoded))
-    width = max(int(lengths.max()), 1)
-    # Column-major, so that each step below reads one contiguous row of bytes.
-    letters = np.array(encoded, f"S{width}").view(np.uint8).reshape(len(encoded), width).T.copy()
-    state = np.full(len(encoded), _OFFSET)
-    shortest = int(lengths.min())
-    for position in range(width):
-        mixed = (state ^ letters[position]) * _PRIME
-        state = mixed if position < shortest else np.where(position < lengths, mixed, state)
-    return _finish(state)
+    texts = [str(value) for value in ids]
+    if len(texts) <= _FEW:
+        return np.array([_key(text) for text in texts], np.uint64)
+    joined = "".join(texts)
+    if joined.isascii():  # one encoding for all of them, and a character is a byte
+        data, sizes = joined.encode(), map(len, texts)
+    else:
+        encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+        data, sizes = b"".join(encoded), map(len, encoded)
+    letters = np.frombuffer(data, np.uint8)
+    lengths = np.fromiter(sizes, np.int64, len(texts))
+    # Longest first: those that still have a letter at a position are then the first so many, and
+    # one long id costs its own length and not everyone's.
+    order = np.argsort(-lengths, kind="stable")
+    starts = (np.cumsum(lengths) - lengths)[order]
+    num_ended = np.cumsum(np.bincount(lengths))
+    state = np.full(len(texts), _OFFSET, np.uint64)
+    for position, num in enumerate((len(texts) - num_ended[:-1]).tolist()):
+        state[:num] = (state[:num] ^ letters.take(starts[:num] + position)) * _PRIME
+    keys = np.empty_like(state)
+    keys[order] = _finish(state)
+    return keys
 
 
 def hash_distinct(ids: Sequence[Id]) -> Keys:
@@ -62,7 +74,18 @@ def hash_distinct(ids: Sequence[Id]) -> Keys:
 
 
 def _finish(state: Keys) -> Keys:
-    state = (state ^ (state >> _SHIFT)) * _MIX_1
-    state = (state ^ (state >> _SHIFT)) * _MIX_2
-    state = (state ^ (state >> _SHIFT)) & _POSITIVE
-    return np.maximum(state, np.uint64(1))
+    shift = np.uint64(_SHIFT)
+    for factor in (np.uint64(_MIX_1), np.uint64(_MIX_2)):
+        state = (state ^ (state >> shift)) * factor
+    keys: Keys = np.maximum((state ^ (state >> shift)) & np.uint64(_POSITIVE), np.uint64(1))
+    return keys
+
+
+def _key(text: str) -> int:
+    """The same of one id, in Python's integers, which have to be told where they end."""
+    state = _OFFSET
+    for letter in text.encode("utf-8", "surrogatepass"):
+        state = (state ^ letter) * _PRIME & _64_BITS
+    for factor in (_MIX_1, _MIX_2):
+        state = (state ^ (state >> _SHIFT)) * factor & _64_BITS
+    return max((state ^ (state >> _SHIFT)) & _POSITIVE, 1)

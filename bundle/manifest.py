@@ -88,9 +88,8 @@ def seal(draft: Path, manifest: Manifest) -> Manifest:
         if not (draft / name).is_file():
             raise BundleError(f"{draft}: {name} is missing")
     files = {path: _sha256(draft / path) for path in _paths(draft)}
-    content = json.dumps([files, asdict(manifest.lineage), asdict(manifest.window)], sort_keys=True)
-    digest = hashlib.sha256(content.encode()).hexdigest()[:10]
-    sealed = replace(manifest, files=files, id=f"{manifest.asof}-{digest}")
+    sealed = replace(manifest, files=files)
+    sealed = replace(sealed, id=_id(sealed))
     with (draft / MANIFEST).open("w") as file:
         json.dump(asdict(sealed), file, indent=2)
         file.flush()
@@ -118,9 +117,12 @@ def verify(folder: Path) -> Manifest:
     """Reads the manifest and checks every file against it.
 
     Raises:
-        BundleError: a file is absent, changed, not listed, or a link that leads elsewhere.
+        BundleError: a file is absent, changed, not listed, or a link that leads elsewhere; or the
+            manifest's id is not that of its files, lineage and window.
     """
     manifest = read_manifest(folder)
+    if manifest.id != _id(manifest):
+        raise BundleError(f"{folder.name}/{MANIFEST}: id {manifest.id!r} is not of this content")
     present = set(_paths(folder))
     for path in sorted(present | set(manifest.files)):
         if path not in present:
@@ -133,6 +135,12 @@ def verify(folder: Path) -> Manifest:
         if path not in present:
             raise BundleError(f"{folder.name}/{path}: missing")
     return manifest
+
+
+def _id(manifest: Manifest) -> str:
+    content = [manifest.files, asdict(manifest.lineage), asdict(manifest.window)]
+    text = json.dumps(content, sort_keys=True)
+    return f"{manifest.asof}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
 
 def _parse(document: dict[str, Any], path: Path) -> Manifest:
@@ -148,6 +156,7 @@ def _parse(document: dict[str, Any], path: Path) -> Manifest:
             "window": Window(**document["window"]),
             "lineage": Lineage(**lineage),
             "inputs": tuple(inputs),
+            "files": dict(document["files"].items()),
         }
     )
 
@@ -164,5 +173,8 @@ def _paths(folder: Path) -> list[str]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise BundleError(f"{path}: unreadable: {error}") from error

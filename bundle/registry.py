@@ -75,10 +75,13 @@ class Registry:
             BundleError: the draft does not match its own manifest.
         """
         manifest = verify(draft)
-        for path in draft.rglob("*"):
+        if not _ID.fullmatch(manifest.id):
+            raise BundleError(f"{draft.name}: {manifest.id!r} can't be the id of a bundle")
+        for path in [draft, *draft.rglob("*")]:
             _sync(path)
         target = self.root / "bundles" / manifest.id
         target.parent.mkdir(exist_ok=True)
+        _sync(self.root)
         try:
             draft.rename(target)
         except OSError:
@@ -96,7 +99,7 @@ class Registry:
         """
         path = self.root / "current.json"
         try:
-            return Current(**json.loads(path.read_text()))
+            return _checked(Current(**json.loads(path.read_text())))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -109,7 +112,7 @@ class Registry:
             RegistryError: no such bundle.
             BundleError: the bundle is damaged.
         """
-        verify(self.path(bundle_id))
+        self._verify(bundle_id)
         with self._locked():
             before = self._current_or_none()
             if before and before.current == bundle_id:
@@ -126,8 +129,13 @@ class Registry:
             before = self.current()
             if before is None or before.previous is None:
                 raise RegistryError(f"{self.root}: no previous bundle to roll back to")
-            verify(self.path(before.previous))
+            self._verify(before.previous)
             return self._write(before.previous, before.current)
+
+    def _verify(self, bundle_id: str) -> None:
+        found = verify(self.path(bundle_id)).id
+        if found != bundle_id:
+            raise BundleError(f"{self.path(bundle_id)}: is the bundle {found!r}")
 
     def _current_or_none(self) -> Current | None:
         try:
@@ -150,6 +158,13 @@ class Registry:
         with (self.root / ".lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             yield
+
+
+def _checked(found: Current) -> Current:
+    for name in (found.current, found.previous or ""):
+        if not isinstance(name, str):
+            raise TypeError(f"{name!r} is not the id of a bundle")
+    return found
 
 
 def _sync(path: Path) -> None:

@@ -8,7 +8,9 @@ Index 0 is *missing* in every table.
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -40,6 +42,11 @@ class Count:
     of: Counted
     by: str
     days: int
+    per: Counted | None = None
+    """Makes it a rate: the logarithm of (of + strength * prior) / (per + strength), so that few
+    events say little."""
+    prior: float = 0.0
+    strength: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Feature:
     kind: Kind
     encoding: Encoding | None = None
     dim: int = 0
-    """Width of the embedding of a categorical feature."""
+    """Width of the embedding of a categorical feature; 0 where only TPM uses it."""
     buckets: int = 0
     """Rows of a hashed table, row 0 (missing) included."""
     boundaries: tuple[float, ...] = ()
@@ -77,7 +84,15 @@ class Spec:
     features: tuple[Feature, ...]
 
     def of(self, entity: Entity, kind: Kind) -> tuple[Feature, ...]:
-        return tuple(f for f in self.features if f.entity == entity and f.kind == kind)
+        return self._groups.get((entity, kind), ())
+
+    @cached_property
+    def _groups(self) -> dict[tuple[Entity, Kind], tuple[Feature, ...]]:
+        groups: dict[tuple[Entity, Kind], tuple[Feature, ...]] = {}
+        for feature in self.features:
+            key = (feature.entity, feature.kind)
+            groups[key] = (*groups.get(key, ()), feature)
+        return groups
 
     def names(self, entity: Entity) -> frozenset[str]:
         return frozenset(f.name for f in self.features if f.entity == entity)
@@ -114,7 +129,7 @@ def read_spec(path: Path) -> Spec:
 def parse_spec(document: dict[str, Any], where: str = "features.toml") -> Spec:
     """The spec in an already parsed TOML document; see `read_spec`."""
     entries = document.get("feature")
-    if not isinstance(entries, list) or not entries:
+    if not isinstance(entries, list) or not entries or not isinstance(entries[0], dict):
         raise SpecError(f"{where}: needs at least one [[feature]]")
     features = tuple(_feature(entry, where) for entry in entries)
     _check_together(features, where)
@@ -131,9 +146,9 @@ def _feature(entry: dict[str, Any], where: str) -> Feature:
             values["count"] = Count(**values["count"])
         values.setdefault("table", name)
         feature = Feature(**values)
+        _check(feature, where)
     except TypeError as error:
         raise SpecError(f"{where}: feature {name!r}: {error}") from error
-    _check(feature, where)
     return feature
 
 
@@ -146,21 +161,35 @@ def _check(feature: Feature, where: str) -> None:
     if feature.kind not in get_args(Kind):
         raise refuse(f"kind is {feature.kind!r}, must be one of {get_args(Kind)}")
     if feature.kind == "history":
+        if feature.entity != "user":
+            raise refuse(f"entity is {feature.entity!r}, a history is the user's")
         if not 0 < feature.attend <= feature.max_length:
             raise refuse("needs 0 < attend <= max_length")
         return
     if feature.encoding not in _ENCODINGS[feature.kind]:
         raise refuse(f"encoding is {feature.encoding!r}, must be one of {_ENCODINGS[feature.kind]}")
-    if feature.kind == "categorical" and feature.dim < 1:
-        raise refuse(f"dim is {feature.dim}, must be at least 1")
+    if feature.kind == "categorical" and feature.dim < (0 if feature.basic else 1):
+        raise refuse(f"dim is {feature.dim}, must be at least 1 (0 if only TPM uses it)")
     if feature.encoding == "hash" and feature.buckets < 2:
         raise refuse(f"buckets is {feature.buckets}, must be at least 2")
     if feature.encoding == "bucketise" and list(feature.boundaries) != sorted(
         set(feature.boundaries)
     ):
         raise refuse(f"boundaries {feature.boundaries} must rise strictly")
-    if feature.count and (feature.kind != "numeric" or feature.count.days < 1):
+    if feature.count:
+        _check_count(feature, feature.count, refuse)
+
+
+def _check_count(feature: Feature, count: Count, refuse: Callable[[str], SpecError]) -> None:
+    if feature.kind != "numeric" or count.days < 1:
         raise refuse("a count must be numeric and span at least 1 day")
+    if count.source not in get_args(Source):
+        raise refuse(f"source is {count.source!r}, must be one of {get_args(Source)}")
+    for counted in (count.of, count.per or count.of):
+        if counted not in get_args(Counted):
+            raise refuse(f"counts {counted!r}, must be one of {get_args(Counted)}")
+    if count.per and min(count.prior, count.strength) <= 0:
+        raise refuse("a rate needs a prior and a strength above 0")
 
 
 def _check_together(features: tuple[Feature, ...], where: str) -> None:
@@ -176,12 +205,13 @@ def _check_together(features: tuple[Feature, ...], where: str) -> None:
             raise SpecError(f"{where}: history matches {match!r}, no categorical item feature")
     for first in features:
         for second in features:
-            if first.table == second.table and (first.dim, first.buckets, first.encoding) != (
-                second.dim,
-                second.buckets,
-                second.encoding,
-            ):
+            if first.table == second.table and _shape(first) != _shape(second):
                 raise SpecError(
                     f"{where}: {first.name!r} and {second.name!r} share the table"
-                    f" {first.table!r} but differ in dim, buckets or encoding"
+                    f" {first.table!r} but differ in dim, buckets, boundaries or encoding"
                 )
+
+
+def _shape(feature: Feature) -> tuple[object, ...]:
+    """What features that share an embedding table must agree on."""
+    return feature.dim, feature.buckets, feature.boundaries, feature.encoding
