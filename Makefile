@@ -1,0 +1,47 @@
+# Every target sets up what it needs. Nothing outside this folder is touched.
+PYTHON ?= python3
+WORKSPACE ?= build/workspace
+PORT ?= 8000
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: help demo serve test lint check format clean
+
+help: ## Show what there is
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+demo: .venv/train ## Real data to served scores: import, train, evaluate, export, serve, score
+	$(BIN)/ecdctr --workspace $(WORKSPACE) demo
+
+serve: .venv/train ## Serve the model of the demo on port 8000 until stopped
+	$(BIN)/ecdctr --workspace $(WORKSPACE) serve --port $(PORT)
+
+test: lint ## Lint, types and all tests (starts and stops the servers that it needs)
+	$(BIN)/python -m pytest
+
+check: test ## The same: what CI runs
+
+lint: .venv/dev ## Style and types only
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev ## Put the code into the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove all that was built, trained and installed
+	rm -rf build .venv *.egg-info
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/train: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing the training dependencies ..."
+	$(INSTALL) --editable '.[train]'
+	@touch $@
+
+.venv/dev: .venv/bin/python pyproject.toml constraints.txt
+	@echo "Installing the development dependencies ..."
+	$(INSTALL) --editable '.[dev]'
+	@touch $@ .venv/train

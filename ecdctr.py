@@ -1,0 +1,325 @@
+"""The command line: one verb per job. Imports are inside the verbs, so that a machine that only
+serves needs no training libraries and `--help` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from typing import TypeAlias
+
+    from training.actr import Variant
+    from training.workspace import Workspace
+
+    _Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+# Idle OpenMP threads sleep instead of spinning: on a shared machine that is several times faster.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs one verb; an error that a user can mend is one line and exit code 1."""
+    options = _parser().parse_args(arguments)
+    try:
+        options.run(options)
+    except ModuleNotFoundError as error:
+        if error.name in ("torch", "polars", "sklearn", "tqdm", "onnx", "httpx", "scipy"):
+            sys.exit(f"ecdctr: {error.name} is not installed; run: pip install 'ecdctr[train]'")
+        raise
+    except (ValueError, OSError) as error:
+        if os.environ.get("ECDCTR_DEBUG"):
+            raise
+        sys.exit(f"ecdctr: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _import(options: argparse.Namespace) -> None:
+    from training.datasets.complete_journey import import_complete_journey, source_folder
+
+    target = _workspace(options).data
+    if target.exists() and not options.force:
+        print(f"{target} is already there; --force imports it again")
+        return
+    summary = import_complete_journey(target, options.source or source_folder(), options.seed)
+    print(
+        f"{summary.natural_positives:,} natural positives, {summary.ad_positives:,} ads positives"
+    )
+    print(f"of {summary.ad_impressions:,} ads impressions, {summary.users:,} users in {target}")
+
+
+def _train_tpm(options: argparse.Namespace) -> None:
+    from training.recipes import complete_journey
+    from training.tpm import train_through
+
+    recipe = complete_journey()
+    months = train_through(
+        _workspace(options), options.through, options.months, recipe.tpm, options.seed
+    )
+    print(f"trained: {', '.join(months) or 'nothing, all snapshots are there'}")
+
+
+def _train_cpm(options: argparse.Namespace) -> None:
+    from training.cpm import train_cpm
+    from training.recipes import complete_journey
+
+    recipe, tpm = complete_journey(), not options.without_tpm
+    print(
+        train_cpm(_workspace(options), options.asof, recipe.network, recipe.cpm, options.seed, tpm)
+    )
+
+
+def _train_actr(options: argparse.Namespace) -> None:
+    from training.actr import train_actr
+    from training.recipes import complete_journey
+
+    recipe, workspace = complete_journey(), _workspace(options)
+    variant = _variant(options)
+    print(train_actr(workspace, options.asof, recipe.network, recipe.actr, options.seed, variant))
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from training.actr import load_actr
+    from training.evaluate import report, score_days, table
+    from training.recipes import complete_journey
+
+    workspace, variant = _workspace(options), _variant(options)
+    model = load_actr(workspace, options.asof, complete_journey().network, variant)
+    name = variant.name(options.asof)
+    last, per_day = options.last or options.first, options.per_day or None
+    scored = score_days(workspace, workspace.log(), {name: model}, options.first, last, per_day)
+    entries = report(scored, None)
+    if variant.tpm and variant.cpm:
+        workspace.keep_evaluation(options.asof, entries)
+    print(table(entries))
+    if options.json:
+        options.json.write_text(json.dumps(entries, indent=2))
+
+
+def _publish(options: argparse.Namespace) -> None:
+    from embeddings_store import open_store
+
+    workspace = _workspace(options)
+    store = open_store(options.store or str(options.workspace / "store"))
+    try:
+        print(store.publish(workspace.pack(options.window)))
+    finally:
+        store.close()
+
+
+def _export(options: argparse.Namespace) -> None:
+    from training.export import export_actr
+    from training.recipes import complete_journey
+
+    print(export_actr(_workspace(options), options.asof, complete_journey()))
+
+
+def _promote(options: argparse.Namespace) -> None:
+    from bundle.registry import Registry
+
+    current = Registry(_registry(options)).promote(options.id)
+    print(f"current: {current.current}, previous: {current.previous or 'none'}")
+
+
+def _rollback(options: argparse.Namespace) -> None:
+    from bundle.registry import Registry
+
+    current = Registry(_registry(options)).rollback()
+    print(f"current: {current.current}, previous: {current.previous or 'none'}")
+
+
+def _serve(options: argparse.Namespace) -> None:
+    from service.app import serve
+    from service.settings import Settings
+
+    registry = _registry(options)
+    if not registry.is_dir():
+        sys.exit(f"ecdctr: no registry at {registry}; run 'ecdctr demo' or 'ecdctr export' first")
+    store = options.store or os.environ.get("ECDCTR_STORE") or str(options.workspace / "store")
+    environ = {**os.environ, "ECDCTR_REGISTRY": str(registry), "ECDCTR_STORE": store}
+    serve(Settings.from_env(environ), options.host, options.port, options.workers)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from bundle.golden import body_of
+    from training.client import best_ads, score_over_http
+    from training.examples import builder_for
+    from training.requests import RequestMaker
+
+    workspace = _workspace(options)
+    log = workspace.log()
+    builder = builder_for(workspace, log, options.day, options.day)
+    rows = log.full_lists([options.day], options.nth)
+    requests = [r for r, _ in RequestMaker(log, builder, options.day).requests(rows)]
+    if len(requests) < options.nth:
+        sys.exit(f"ecdctr: {options.day} has only {len(requests)} requests")
+    request = requests[-1]
+    if options.body:
+        options.body.write_text(json.dumps(body_of(request)))
+        print(f"wrote {options.body}: {len(request.item_ids)} candidates")
+        return
+    answer = score_over_http(options.url, [request])
+    print(f"user {request.user_id}, {len(request.item_ids)} candidates, {answer.last['model']}:")
+    print(best_ads(log, request, answer.scores[0], 10))
+
+
+def _demo(options: argparse.Namespace) -> None:
+    from training.demo import run_demo
+    from training.recipes import complete_journey
+
+    run_demo(_workspace(options), complete_journey(), options.seed)
+
+
+def _workspace(options: argparse.Namespace) -> Workspace:
+    from training.workspace import Workspace
+
+    return Workspace(options.workspace)
+
+
+def _registry(options: argparse.Namespace) -> Path:
+    given: Path | None = options.registry
+    if given is None and os.environ.get("ECDCTR_REGISTRY"):
+        given = Path(os.environ["ECDCTR_REGISTRY"])
+    workspace: Path = options.workspace
+    return given or workspace / "registry"
+
+
+def _variant(options: argparse.Namespace) -> Variant:
+    from training.actr import Variant
+
+    return Variant(tpm=not options.without_tpm, cpm=not options.without_cpm)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("ecdctr", description="Cross-domain CTR: train, serve, score.")
+    parser.add_argument(
+        "--workspace",
+        type=Path,
+        default=Path(os.environ.get("ECDCTR_WORKSPACE", "build/workspace")),
+        help="folder of data, models, windows and bundles (default: %(default)s)",
+    )
+    verbs = parser.add_subparsers(required=True, metavar="VERB")
+    _add_training(verbs)
+    _add_serving(verbs)
+    return parser
+
+
+def _add_training(verbs: _Verbs) -> None:
+    verb = _verb(verbs, "import", "bring Complete Journey into the event log", _import)
+    verb.add_argument("--source", type=Path, help="folder of Parquet files (default: installed)")
+    verb.add_argument("--force", action="store_true", help="import again over what is there")
+    _seed(verb)
+    tiers = verbs.add_parser("train", help="train one tier").add_subparsers(
+        required=True, metavar="TIER"
+    )
+    verb = _verb(tiers, "tpm", "monthly snapshots, each continued from the last", _train_tpm)
+    verb.add_argument("--through", type=_month, required=True, metavar="YYYY-MM", help="last month")
+    verb.add_argument(
+        "--months", type=int, default=4, help="number of snapshots (default: %(default)s)"
+    )
+    _seed(verb)
+    verb = _verb(tiers, "cpm", "the complete network on natural data", _train_cpm)
+    _asof(verb)
+    verb.add_argument("--without-tpm", action="store_true", help="for comparison")
+    _seed(verb)
+    verb = _verb(tiers, "actr", "the ads model, from CPM, calibrated", _train_actr)
+    _asof(verb)
+    _variants(verb)
+    _seed(verb)
+    verb = _verb(verbs, "evaluate", "metrics of a trained A-CTR on later days", _evaluate)
+    _asof(verb)
+    _variants(verb)
+    verb.add_argument("--from", dest="first", type=_day, required=True, metavar="YYYY-MM-DD")
+    verb.add_argument(
+        "--to", dest="last", type=_day, metavar="YYYY-MM-DD", help="(default: one day)"
+    )
+    verb.add_argument(
+        "--per-day", type=int, default=300, help="requests a day, 0 is all (default: %(default)s)"
+    )
+    verb.add_argument("--json", type=Path, help="also write the report here")
+    verb = _verb(verbs, "export", "A-CTR to ONNX, checked, as a bundle in the registry", _export)
+    _asof(verb)
+    verb = _verb(verbs, "publish", "a window of three snapshots to the store", _publish)
+    verb.add_argument(
+        "--window", type=_month, required=True, metavar="YYYY-MM", help="its last month"
+    )
+    _store(verb)
+    verb = _verb(verbs, "demo", "all of it, on real data, in one go", _demo)
+    _seed(verb)
+
+
+def _add_serving(verbs: _Verbs) -> None:
+    verb = _verb(verbs, "promote", "make a bundle the current one", _promote)
+    verb.add_argument("id", help="the bundle's id, as 'export' printed it")
+    _registry_option(verb)
+    verb = _verb(verbs, "rollback", "make the previous bundle the current one", _rollback)
+    _registry_option(verb)
+    verb = _verb(verbs, "serve", "answer scoring requests over HTTP", _serve)
+    verb.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
+    verb.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
+    verb.add_argument("--workers", type=int, help="processes (default: one per core)")
+    _registry_option(verb)
+    _store(verb)
+    verb = _verb(verbs, "score", "score a real request of the data set over HTTP", _score)
+    verb.add_argument("--day", type=_day, required=True, metavar="YYYY-MM-DD")
+    verb.add_argument("--nth", type=int, default=1, help="which one (default: %(default)s)")
+    verb.add_argument("--url", default="http://127.0.0.1:8000", help="(default: %(default)s)")
+    verb.add_argument("--body", type=Path, help="write the request's JSON here and send nothing")
+
+
+def _verb(verbs: _Verbs, name: str, text: str, run: object) -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=text, description=text)
+    verb.set_defaults(run=run)
+    return verb
+
+
+def _asof(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--asof",
+        type=_day,
+        required=True,
+        metavar="YYYY-MM-DD",
+        help="the day it is for: it learns from the days before",
+    )
+
+
+def _variants(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--without-tpm", action="store_true", help="for comparison")
+    verb.add_argument("--without-cpm", action="store_true", help="for comparison")
+
+
+def _seed(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def _store(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--store", help="a path or redis:// URL (default: the workspace's)")
+
+
+def _registry_option(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("--registry", type=Path, help="folder (default: the workspace's)")
+
+
+def _day(text: str) -> date:
+    try:
+        return date.fromisoformat(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a day like 2017-11-01") from None
+
+
+def _month(text: str) -> str:
+    try:
+        return f"{date.fromisoformat(text + '-01'):%Y-%m}"
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a month like 2017-10") from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,62 @@
+"""CPM, the complete pre-training model: the network of A-CTR on a month of natural data."""
+
+from __future__ import annotations
+
+from datetime import date, timedelta
+
+import numpy as np
+import polars as pl
+import torch
+
+from training.config import CpmConfig, NetworkConfig
+from training.events import EventLog
+from training.examples import builder_for
+from training.fit import fit
+from training.network import Network
+from training.workspace import Workspace
+
+
+def train_cpm(
+    workspace: Workspace,
+    asof: date,
+    network: NetworkConfig,
+    config: CpmConfig,
+    seed: int,
+    with_tpm: bool = True,
+) -> str:
+    """Trains CPM on the `config.days` days before `asof`, keeps it, and returns its name."""
+    log = workspace.log()
+    first, last = asof - timedelta(days=config.days), asof - timedelta(days=1)
+    builder = builder_for(workspace, log, first, last, with_tpm)
+    examples = builder.build(cpm_rows(log, first, last, config, seed))
+    torch.manual_seed(seed)
+    model = Network(log.spec, log.encoder, network, builder.window_dim)
+    loss = fit(model, examples, config.fit, seed, "cpm")
+    name = cpm_name(asof, with_tpm)
+    facts = {"from": str(first), "to": str(last), "seed": seed, "loss": loss}
+    workspace.save_model(name, model, facts)
+    return name
+
+
+def cpm_name(asof: date, with_tpm: bool = True) -> str:
+    """Under which name the workspace keeps the CPM of a day."""
+    return f"cpm-{asof}" + ("" if with_tpm else "-without-tpm")
+
+
+def cpm_rows(log: EventLog, first: date, last: date, config: CpmConfig, seed: int) -> pl.DataFrame:
+    """The natural rows that CPM is trained on, in order of date.
+
+    Of the log's negatives `near_negatives` per positive are kept: they come from what a store sells
+    and so never show an item that nobody buys. `catalogue_negatives` per positive do; they are
+    copies of the positive with an item drawn from the whole catalogue.
+    """
+    rng = np.random.default_rng(seed)
+    rows = log.rows("natural", first, last)
+    positive = rows.filter(pl.col("label") == 1)
+    logged = rows.filter(pl.col("label") == 0)
+    share = min(1.0, config.near_negatives * len(positive) / max(len(logged), 1))
+    near = logged.filter(pl.Series(rng.random(len(logged)) < share))
+    repeated = positive[np.repeat(np.arange(len(positive)), config.catalogue_negatives)]
+    drawn = log.items.ids[rng.integers(0, len(log.items.ids), len(repeated))]
+    far = repeated.with_columns(item_id=pl.Series(drawn), label=pl.lit(0, pl.Int8))
+    return pl.concat([positive, near, far]).sort("date", maintain_order=True)

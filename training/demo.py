@@ -1,0 +1,149 @@
+"""The whole path in one go: import, train, evaluate, export, serve, and score over HTTP."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+
+import httpx
+import numpy as np
+
+from training.actr import FULL, Variant, actr_examples, load_actr, train_actr
+from training.client import best_ads, score_over_http
+from training.cpm import cpm_name, train_cpm
+from training.datasets.complete_journey import import_complete_journey, source_folder
+from training.evaluate import report, score_days, table
+from training.examples import builder_for, month_before
+from training.export import export_actr
+from training.recipes import Recipe
+from training.requests import RequestMaker
+from training.tpm import train_through
+from training.workspace import Workspace
+
+ASOF = date(2017, 11, 1)
+LAST = date(2017, 11, 14)
+PER_DAY = 300
+NUM_SNAPSHOTS = 4
+"""Three for the window of October's rows, and one more for that of November's."""
+ALONE = Variant(tpm=False, cpm=False)
+VARIANTS = {
+    "TPM + CPM + A-CTR": FULL,
+    "TPM + A-CTR": Variant(cpm=False),
+    "CPM + A-CTR": Variant(tpm=False),
+    "A-CTR alone": ALONE,
+}
+_NUM_REQUESTS = 200
+
+
+def run_demo(workspace: Workspace, recipe: Recipe, seed: int) -> None:
+    """Runs what is not there yet, and prints what a person wants to see."""
+    start = time.monotonic()
+    if not workspace.data.exists():
+        _say("Importing Complete Journey: a year of 2,469 households")
+        import_complete_journey(workspace.data, source_folder())
+    _train(workspace, recipe, seed)
+    path = workspace.root / "evaluations" / f"{ASOF}.txt"
+    if not path.is_file():
+        _evaluate(workspace, recipe, path)
+    if workspace.registry.current() is None:
+        _say("Exporting A-CTR to ONNX and promoting it")
+        workspace.registry.promote(export_actr(workspace, ASOF, recipe))
+    _say(f"Held-out days {ASOF} to {LAST}, all candidates of {PER_DAY} requests a day")
+    print(path.read_text())
+    _serve_and_score(workspace)
+    print(f"\nDone in {time.monotonic() - start:.0f} s. Next: make serve")
+
+
+def _train(workspace: Workspace, recipe: Recipe, seed: int) -> None:
+    _say("Training TPM: one snapshot a month, natural data")
+    train_through(workspace, month_before(ASOF), NUM_SNAPSHOTS, recipe.tpm, seed)
+    for with_tpm in (True, False):
+        if not workspace.has_model(cpm_name(ASOF, with_tpm)):
+            _say(
+                "Training CPM on a month of natural data, "
+                + ("with" if with_tpm else "without")
+                + " TPM"
+            )
+            train_cpm(workspace, ASOF, recipe.network, recipe.cpm, seed, with_tpm)
+    wanted = {n: v for n, v in VARIANTS.items() if not workspace.has_model(v.name(ASOF))}
+    if wanted:
+        examples = actr_examples(workspace, workspace.log(), ASOF, recipe.actr)
+        for name, variant in wanted.items():
+            _say(f"Training A-CTR on a month of ads: {name}")
+            train_actr(workspace, ASOF, recipe.network, recipe.actr, seed, variant, examples)
+
+
+def _evaluate(workspace: Workspace, recipe: Recipe, path: Path) -> None:
+    models = {n: load_actr(workspace, ASOF, recipe.network, v) for n, v in VARIANTS.items()}
+    scored = score_days(workspace, workspace.log(), models, ASOF, LAST, PER_DAY)
+    entries = report(scored, "A-CTR alone")
+    workspace.keep_evaluation(ASOF, entries)
+    path.write_text(table(entries))
+
+
+def _serve_and_score(workspace: Workspace) -> None:
+    log = workspace.log()
+    builder = builder_for(workspace, log, ASOF, ASOF)
+    rows = log.full_lists([ASOF], _NUM_REQUESTS)
+    pairs = list(RequestMaker(log, builder, ASOF).requests(rows))
+    requests = [request for request, _ in pairs]
+    with running_service(workspace) as url:
+        _say(f"Scoring {len(requests)} real front pages of {ASOF} over HTTP at {url}")
+        score_over_http(url, requests[:20])
+        answers = score_over_http(url, requests)
+    # The household that has most to show: the one with the longest history.
+    chosen = int(np.argmax([len(request.history_items) for request in requests]))
+    request = requests[chosen]
+    bought = int(pairs[chosen][1]["label"].sum())
+    print(f"Household {request.user_id}, {len(request.item_ids)} ads on the page, {bought} bought:")
+    print(best_ads(log, request, answers.scores[chosen], 10))
+    p50, p99 = np.percentile(answers.latency_ms, [50, 99])
+    sizes = np.array([len(request.item_ids) for request in requests])
+    print(
+        f"\nModel {answers.last['model']}: p50 {p50:.1f} ms, p99 {p99:.1f} ms a request"
+        f" of {np.median(sizes):.0f} ads (median), one at a time"
+    )
+
+
+@contextmanager
+def running_service(workspace: Workspace) -> Iterator[str]:
+    """A service with one worker on a free port of this machine; its URL."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "ecdctr", "--workspace", str(workspace.root), "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    log = workspace.root / "service.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(command, stdout=output, stderr=output, env=dict(os.environ))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait(url, process, log)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    for _ in range(300):
+        if process.poll() is not None:
+            break
+        try:
+            if httpx.get(f"{url}/readyz", timeout=1.0).status_code == 200:
+                return
+        except httpx.HTTPError:
+            pass
+        time.sleep(0.1)
+    raise RuntimeError(f"the service did not get ready; {log} says:\n{log.read_text()[-2000:]}")
+
+
+def _say(text: str) -> None:
+    print(f"\n== {text}", flush=True)

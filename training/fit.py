@@ -1,0 +1,138 @@
+"""One training loop for CPM and A-CTR."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from scipy.optimize import brentq
+from scipy.special import expit
+from torch import Tensor, nn
+from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
+
+from training.config import FitConfig
+from training.events import Ints
+from training.examples import Batch, Examples
+from training.layers import SPARSE_ROWS
+from training.network import Network
+
+Floats = npt.NDArray[np.float64]
+
+_CHUNK = 8192
+_SAMPLE = 65_536
+"""Rows that the statistics are taken from."""
+
+
+def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name: str) -> float:
+    """Fits `network` in place and returns the mean loss of the last tenth of the steps.
+
+    Negatives were kept at a rate r, so their odds are 1/r too high in the log: the loss adds
+    log(1/r) to the logit, and the logit itself stays that of the whole traffic.
+    """
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
+    num_steps = config.passes * math.ceil(len(examples) / config.batch_size)
+    sample = rng.choice(len(examples), min(len(examples), _SAMPLE), replace=False)
+    network.fit_statistics(examples.batch(np.sort(sample)))
+    _centre(network, examples, np.sort(sample))
+    optimizers = _optimizers(network, config)
+    losses: list[Tensor] = []
+    network.train()
+    for step, rows in enumerate(tqdm(_batches(len(examples), config, rng), name, num_steps)):
+        rate = _schedule(step, num_steps, config.warm_up_steps)
+        batch = examples.batch(rows)
+        _hide_windows(batch, config.window_dropout, rng)
+        offset = torch.from_numpy(np.log(examples.weight[rows]))
+        label = torch.from_numpy(examples.label[rows])
+        loss = binary_cross_entropy_with_logits(network(batch) + offset, label)
+        loss.backward()  # type: ignore[no-untyped-call]
+        for optimizer, learning_rate in optimizers:
+            optimizer.param_groups[0]["lr"] = learning_rate * rate
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.detach())
+    network.eval()
+    return float(torch.stack(losses[-max(num_steps // 10, 1) :]).mean())
+
+
+@torch.no_grad()
+def predict(network: Network, examples: Examples) -> Floats:
+    """Logits float64 [n] of all examples."""
+    network.eval()
+    chunks = [network(examples.batch(rows)) for rows in _chunks(len(examples))]
+    return torch.cat(chunks).double().numpy()
+
+
+def calibration(logit: Floats, examples: Examples) -> float:
+    """The offset that makes the predicted positives of `examples` as many as the real ones.
+
+    Sampled negatives count 1 / rate. Only an offset: a slope would fit the noise of few positives.
+    """
+    times = np.where(examples.label > 0, 1.0, examples.weight)
+    real = float(examples.label.sum())
+    if not real:
+        return 0.0
+
+    def excess(offset: float) -> float:
+        return float((expit(logit + offset) * times).sum()) - real
+
+    return float(brentq(excess, -30.0, 30.0))
+
+
+@torch.no_grad()
+def _centre(network: Network, examples: Examples, rows: Ints) -> None:
+    """Starts at the rate of positives of this domain; the optimiser's small steps would need
+    thousands to take the bias there."""
+    network.eval()
+    sample = examples.take(rows)
+    network.logit.bias.add_(calibration(predict(network, sample), sample))
+
+
+def _chunks(num: int) -> Iterator[Ints]:
+    for start in range(0, num, _CHUNK):
+        yield np.arange(start, min(start + _CHUNK, num))
+
+
+def _batches(num: int, config: FitConfig, rng: np.random.Generator) -> Iterator[Ints]:
+    for _ in range(config.passes):
+        order = rng.permutation(num)
+        for start in range(0, num, config.batch_size):
+            yield order[start : start + config.batch_size]
+
+
+def _hide_windows(batch: Batch, share: float, rng: np.random.Generator) -> None:
+    """So that the network knows what to do when the store is away."""
+    for name in ("user_window_present", "item_window_present"):
+        kept = torch.from_numpy(rng.random((len(batch[name]), 1)) >= share)
+        batch[name] = batch[name] & kept
+
+
+def _optimizers(network: Network, config: FitConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    small: list[nn.Parameter] = []
+    large: list[nn.Parameter] = []
+    dense: list[nn.Parameter] = []
+    for name, parameter in network.named_parameters():
+        if not name.startswith("tables."):
+            dense.append(parameter)
+        else:
+            (large if len(parameter) >= SPARSE_ROWS else small).append(parameter)
+    decay = config.weight_decay
+    optimizers: list[tuple[torch.optim.Optimizer, float]] = [
+        (torch.optim.AdamW(dense, weight_decay=decay, fused=True), config.learning_rate)
+    ]
+    if small:
+        adam = torch.optim.AdamW(small, weight_decay=decay, fused=True)
+        optimizers.append((adam, config.table_learning_rate))
+    if large:
+        optimizers.append((torch.optim.SparseAdam(large), config.table_learning_rate))
+    return optimizers
+
+
+def _schedule(step: int, num_steps: int, warm_up: int) -> float:
+    """Linear warm-up, then a cosine down to a twentieth."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / num_steps))
+    return min(1.0, (step + 1) / warm_up) * (0.05 + 0.95 * cosine)
