@@ -33,12 +33,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if error.name in ("torch", "polars", "sklearn", "tqdm", "onnx", "httpx", "scipy"):
             sys.exit(f"ecdctr: {error.name} is not installed; run: pip install 'ecdctr[train]'")
         raise
-    except (ValueError, OSError) as error:
-        if os.environ.get("ECDCTR_DEBUG"):
-            raise
-        sys.exit(f"ecdctr: {error}")
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get("ECDCTR_DEBUG") or not isinstance(error, _mendable()):
+            raise
+        first_line, _, _ = str(error).strip().partition("\n")
+        sys.exit(f"ecdctr: {first_line}")
+
+
+def _mendable() -> tuple[type[Exception], ...]:
+    """Errors that a user can do something about. Those of a library that no verb has loaded can't
+    have been raised, so nothing is imported here."""
+    found: list[type[Exception]] = [ValueError, OSError]
+    if store := sys.modules.get("embeddings_store"):
+        found.append(store.StoreError)
+    if polars := sys.modules.get("polars"):
+        found.append(polars.exceptions.PolarsError)
+    return tuple(found)
 
 
 def _import(options: argparse.Namespace) -> None:
@@ -86,15 +98,14 @@ def _train_actr(options: argparse.Namespace) -> None:
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    from training.actr import load_actr
     from training.evaluate import report, score_days, table
     from training.recipes import complete_journey
 
     workspace, variant = _workspace(options), _variant(options)
-    model = load_actr(workspace, options.asof, complete_journey().network, variant)
-    name = variant.name(options.asof)
+    variants = {variant.name(options.asof): variant}
     last, per_day = options.last or options.first, options.per_day or None
-    scored = score_days(workspace, workspace.log(), {name: model}, options.first, last, per_day)
+    network = complete_journey().network
+    scored = score_days(workspace, options.asof, network, variants, options.first, last, per_day)
     entries = report(scored, None)
     if variant.tpm and variant.cpm:
         workspace.keep_evaluation(options.asof, entries)

@@ -10,8 +10,7 @@ import torch
 
 from training.config import ActrConfig, NetworkConfig
 from training.cpm import cpm_name
-from training.events import EventLog
-from training.examples import Builder, Examples, builder_for
+from training.examples import builder_for
 from training.fit import calibration, fit, predict
 from training.network import Network
 from training.workspace import Workspace
@@ -50,19 +49,14 @@ def train_actr(
     config: ActrConfig,
     seed: int,
     variant: Variant = FULL,
-    examples: Examples | None = None,
 ) -> str:
-    """Trains A-CTR on the `config.days` days before `asof`, keeps it, and returns its name.
-
-    `examples` may be given where several variants train on the same ones.
-    """
+    """Trains A-CTR on the `config.days` days before `asof`, keeps it, and returns its name."""
     log = workspace.log()
     first, last = asof - timedelta(days=config.days), asof - timedelta(days=1)
-    if examples is None:
-        examples = actr_examples(workspace, log, asof, config, variant.tpm)
+    builder = builder_for(workspace, log, first, last, variant.tpm)
+    examples = builder.build(log.rows("ad", first, last))
     torch.manual_seed(seed)
-    dim = examples.window_dim if variant.tpm else 0
-    model = Network(log.spec, log.encoder, network, dim)
+    model = Network(log.spec, log.encoder, network, builder.window_dim)
     cpm = _start_from_cpm(workspace, model, asof, variant) if variant.cpm else None
     loss = fit(model, examples, config.fit, seed, variant.name(asof))
     recent = examples.since(asof - timedelta(days=config.calibration_days))
@@ -72,20 +66,11 @@ def train_actr(
         "seed": seed,
         "loss": loss,
         "offset": calibration(predict(model, recent), recent),
-        "window_dim": dim,
+        "window_dim": builder.window_dim,
         "cpm": cpm,
     }
     workspace.save_model(variant.name(asof), model, facts)
     return variant.name(asof)
-
-
-def actr_examples(
-    workspace: Workspace, log: EventLog, asof: date, config: ActrConfig, with_tpm: bool = True
-) -> Examples:
-    """The ads rows of the `config.days` days before `asof`."""
-    first, last = asof - timedelta(days=config.days), asof - timedelta(days=1)
-    builder: Builder = builder_for(workspace, log, first, last, with_tpm)
-    return builder.build(log.rows("ad", first, last))
 
 
 def load_actr(

@@ -15,7 +15,7 @@ class NetworkConfig:
     """Number of products between learned projections of all inputs."""
     attention: int = 16
     """Size of query, key and value of the target attention."""
-    dropout: float = 0.1
+    dropout: float = 0.3
     """Share of hidden units dropped in training."""
 
 
@@ -26,14 +26,15 @@ class FitConfig:
     passes: int = 1
     """Times each row is seen. More than one over-fits embeddings soon."""
     batch_size: int = 2048
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Of the dense parameters (Adam)."""
-    table_learning_rate: float = 2e-3
+    table_learning_rate: float = 3e-3
     """Of the embedding tables (Adam on the rows that a batch touches)."""
     weight_decay: float = 1e-4
     """Of the dense parameters."""
-    window_dropout: float = 0.02
-    """Share of rows whose user window (and, apart, whose item window) is hidden."""
+    hidden_share: float = 0.02
+    """Share of rows whose user window is hidden, and apart from that whose item window, whose
+    numbers of one kind (user, context, item), and each single number."""
     warm_up_steps: int = 50
 
 

@@ -58,5 +58,7 @@ def cpm_rows(log: EventLog, first: date, last: date, config: CpmConfig, seed: in
     near = logged.filter(pl.Series(rng.random(len(logged)) < share))
     repeated = positive[np.repeat(np.arange(len(positive)), config.catalogue_negatives)]
     drawn = log.items.ids[rng.integers(0, len(log.items.ids), len(repeated))]
-    far = repeated.with_columns(item_id=pl.Series(drawn), label=pl.lit(0, pl.Int8))
+    # The type is named, since there may be none of them.
+    items = pl.Series(drawn.tolist(), dtype=rows.schema["item_id"])
+    far = repeated.with_columns(item_id=items, label=pl.lit(0, pl.Int8))
     return pl.concat([positive, near, far]).sort("date", maintain_order=True)

@@ -15,13 +15,14 @@ from pathlib import Path
 import httpx
 import numpy as np
 
-from training.actr import FULL, Variant, actr_examples, load_actr, train_actr
+from training.actr import FULL, Variant, train_actr
 from training.client import best_ads, score_over_http
 from training.cpm import cpm_name, train_cpm
 from training.datasets.complete_journey import import_complete_journey, source_folder
 from training.evaluate import report, score_days, table
 from training.examples import builder_for, month_before
 from training.export import export_actr
+from training.parallel import in_parallel
 from training.recipes import Recipe
 from training.requests import RequestMaker
 from training.tpm import train_through
@@ -64,25 +65,26 @@ def run_demo(workspace: Workspace, recipe: Recipe, seed: int) -> None:
 def _train(workspace: Workspace, recipe: Recipe, seed: int) -> None:
     _say("Training TPM: one snapshot a month, natural data")
     train_through(workspace, month_before(ASOF), NUM_SNAPSHOTS, recipe.tpm, seed)
-    for with_tpm in (True, False):
-        if not workspace.has_model(cpm_name(ASOF, with_tpm)):
-            _say(
-                "Training CPM on a month of natural data, "
-                + ("with" if with_tpm else "without")
-                + " TPM"
-            )
-            train_cpm(workspace, ASOF, recipe.network, recipe.cpm, seed, with_tpm)
-    wanted = {n: v for n, v in VARIANTS.items() if not workspace.has_model(v.name(ASOF))}
+    cpms = [tpm for tpm in (True, False) if not workspace.has_model(cpm_name(ASOF, tpm))]
+    if cpms:
+        _say("Training CPM on a month of natural data, with TPM and (to compare) without")
+        in_parallel(_train_cpm, [(workspace.root, recipe, seed, tpm) for tpm in cpms])
+    wanted = [v for v in VARIANTS.values() if not workspace.has_model(v.name(ASOF))]
     if wanted:
-        examples = actr_examples(workspace, workspace.log(), ASOF, recipe.actr)
-        for name, variant in wanted.items():
-            _say(f"Training A-CTR on a month of ads: {name}")
-            train_actr(workspace, ASOF, recipe.network, recipe.actr, seed, variant, examples)
+        _say("Training A-CTR on a month of ads: the full method and three to compare")
+        in_parallel(_train_actr, [(workspace.root, recipe, seed, v) for v in wanted])
+
+
+def _train_cpm(root: Path, recipe: Recipe, seed: int, with_tpm: bool) -> None:
+    train_cpm(Workspace(root), ASOF, recipe.network, recipe.cpm, seed, with_tpm)
+
+
+def _train_actr(root: Path, recipe: Recipe, seed: int, variant: Variant) -> None:
+    train_actr(Workspace(root), ASOF, recipe.network, recipe.actr, seed, variant)
 
 
 def _evaluate(workspace: Workspace, recipe: Recipe, path: Path) -> None:
-    models = {n: load_actr(workspace, ASOF, recipe.network, v) for n, v in VARIANTS.items()}
-    scored = score_days(workspace, workspace.log(), models, ASOF, LAST, PER_DAY)
+    scored = score_days(workspace, ASOF, recipe.network, VARIANTS, ASOF, LAST, PER_DAY)
     entries = report(scored, "A-CTR alone")
     workspace.keep_evaluation(ASOF, entries)
     path.write_text(table(entries))

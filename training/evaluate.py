@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
 
-from training.actr import Actr
-from training.events import EventLog, Ints, days_between
+from training.actr import Variant, load_actr
+from training.config import NetworkConfig
+from training.events import Ints, days_between
 from training.examples import builder_for
 from training.fit import predict
 from training.metrics import Metrics, gauc_interval, measure
+from training.parallel import in_parallel, progress
 from training.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]
@@ -41,27 +44,54 @@ class Scored:
 
 def score_days(
     workspace: Workspace,
-    log: EventLog,
-    models: Mapping[str, Actr],
+    asof: date,
+    network: NetworkConfig,
+    variants: Mapping[str, Variant],
     first: date,
     last: date,
     per_day: int | None,
 ) -> Scored:
-    """Scores all candidates of the first `per_day` requests (all: None) of first .. last.
+    """Scores all candidates of the first `per_day` requests (all: None) of first .. last with the
+    A-CTR variants of the day `asof`.
 
-    One day is held at a time; every feature is as it stood before that day.
+    A core holds one day at a time; every feature is as it stood before that day.
     """
-    builder = builder_for(workspace, log, first, last)
-    logits: dict[str, list[Floats]] = {name: [] for name in models}
-    rows: list[tuple[npt.NDArray[np.float32], Ints, Ints]] = []
-    for day in tqdm(days_between(first, last), "evaluate", unit="day"):
+    days = days_between(first, last)
+    parts = np.array_split(np.arange(len(days)), min(len(days), len(os.sched_getaffinity(0))))
+    jobs = [
+        (workspace.root, asof, network, dict(variants), [days[i] for i in part], per_day)
+        for part in parts
+    ]
+    return _joined(in_parallel(_score, jobs))
+
+
+def _score(
+    root: Path,
+    asof: date,
+    network: NetworkConfig,
+    variants: dict[str, Variant],
+    days: list[date],
+    per_day: int | None,
+) -> Scored:
+    workspace = Workspace(root)
+    log = workspace.log()
+    models = {name: load_actr(workspace, asof, network, v) for name, v in variants.items()}
+    builder = builder_for(workspace, log, days[0], days[-1])
+    parts = []
+    for day in progress(days, "evaluate", unit="day"):
         examples = builder.build(log.full_lists([day], per_day))
-        for name, model in models.items():
-            logits[name].append(predict(model.network, examples) + model.offset)
-        rows.append((examples.label, examples.user_row, examples.request_id))
-    label, user_row, request_id = (np.concatenate(column) for column in zip(*rows, strict=True))
-    joined = {name: np.concatenate(parts) for name, parts in logits.items()}
-    return Scored(joined, label, user_row, request_id)
+        logits = {n: predict(m.network, examples) + m.offset for n, m in models.items()}
+        parts.append(Scored(logits, examples.label, examples.user_row, examples.request_id))
+    return _joined(parts)
+
+
+def _joined(parts: Sequence[Scored]) -> Scored:
+    return Scored(
+        {name: np.concatenate([p.logits[name] for p in parts]) for name in parts[0].logits},
+        np.concatenate([p.label for p in parts]),
+        np.concatenate([p.user_row for p in parts]),
+        np.concatenate([p.request_id for p in parts]),
+    )
 
 
 def report(scored: Scored, baseline: str | None) -> list[dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
 import warnings
 from collections.abc import Sequence
@@ -87,7 +88,9 @@ class Served(nn.Module):
         x["match"] = self.match(*(x[name] for name in history), x["item_key"], x["item_cat"])
         for name in history:
             x[name] = _newest(x[name], self.network.attend)
-        return torch.sigmoid(self.network(x) + self.offset)
+        logit = (self.network(x) + self.offset).clamp(-60.0, 60.0)
+        # Spelled out: onnxruntime's Sigmoid is exact to 1e-7 only, which makes most ads equal.
+        return 1.0 / (1.0 + torch.exp(-logit))
 
 
 def _newest(history_1L: Tensor, length: int) -> Tensor:
@@ -127,8 +130,9 @@ def export_graph(network: Network, offset: float, example: Arrays, target: Path)
         for name in names
     )
     with warnings.catch_warnings():
-        # The exporter warns of its own internals; what it made is checked below.
+        # The exporter warns of its own internals; what it made is checked by `_check`.
         warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
             served,
             inputs,

@@ -12,13 +12,13 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
-from tqdm import tqdm
 
 from training.config import FitConfig
 from training.events import Ints
 from training.examples import Batch, Examples
 from training.layers import SPARSE_ROWS
 from training.network import Network
+from training.parallel import progress
 
 Floats = npt.NDArray[np.float64]
 
@@ -42,10 +42,10 @@ def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name
     optimizers = _optimizers(network, config)
     losses: list[Tensor] = []
     network.train()
-    for step, rows in enumerate(tqdm(_batches(len(examples), config, rng), name, num_steps)):
+    for step, rows in enumerate(progress(_batches(len(examples), config, rng), name, num_steps)):
         rate = _schedule(step, num_steps, config.warm_up_steps)
         batch = examples.batch(rows)
-        _hide_windows(batch, config.window_dropout, rng)
+        _hide(batch, config.hidden_share, rng)
         offset = torch.from_numpy(np.log(examples.weight[rows]))
         label = torch.from_numpy(examples.label[rows])
         loss = binary_cross_entropy_with_logits(network(batch) + offset, label)
@@ -104,11 +104,24 @@ def _batches(num: int, config: FitConfig, rng: np.random.Generator) -> Iterator[
             yield order[start : start + config.batch_size]
 
 
-def _hide_windows(batch: Batch, share: float, rng: np.random.Generator) -> None:
-    """So that the network knows what to do when the store is away."""
+def _hide(batch: Batch, share: float, rng: np.random.Generator) -> None:
+    """Hides whole windows, and single numbers, so that the network knows what to do when the store
+    is away or a caller leaves something out."""
     for name in ("user_window_present", "item_window_present"):
         kept = torch.from_numpy(rng.random((len(batch[name]), 1)) >= share)
         batch[name] = batch[name] & kept
+    for name in ("user_num", "context_num", "item_num"):
+        rows, width = batch[name].shape
+        kept = torch.from_numpy(_kept_numbers(rows, width // 2, share, rng))
+        batch[name] = batch[name] * kept.repeat_interleave(2, dim=1)
+
+
+def _kept_numbers(
+    rows: int, num: int, share: float, rng: np.random.Generator
+) -> npt.NDArray[np.float32]:
+    """float32 [rows, num]: 0 for single numbers, and for all of a row's, by chance; else 1."""
+    single, whole = rng.random((rows, num)) >= share, rng.random((rows, 1)) >= share
+    return (single & whole).astype(np.float32)
 
 
 def _optimizers(network: Network, config: FitConfig) -> list[tuple[torch.optim.Optimizer, float]]:

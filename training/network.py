@@ -16,6 +16,7 @@ from training.examples import Batch
 from training.layers import (
     Aggregator,
     FieldEmbeddings,
+    Numbers,
     SplitLinear,
     Standardise,
     TargetAttention,
@@ -47,9 +48,9 @@ class Network(nn.Module):
         self.matched_columns = [item_names.index(f.name) for f in matched]
         self.attend = spec.history.attend
 
-        self.user_numbers = Standardise(2 * len(spec.of("user", "numeric")))
-        self.context_numbers = Standardise(2 * len(spec.of("context", "numeric")))
-        self.item_numbers = Standardise(2 * len(spec.of("item", "numeric")))
+        self.user_numbers = Numbers(len(spec.of("user", "numeric")))
+        self.context_numbers = Numbers(len(spec.of("context", "numeric")))
+        self.item_numbers = Numbers(len(spec.of("item", "numeric")))
         self.match_numbers = Standardise(match_width(len(matched)))
         step = self.matched_fields.width + 2
         self.attention = TargetAttention(self.matched_fields.width, step, config.attention)
@@ -105,13 +106,10 @@ class Network(nn.Module):
             self.window_numbers.fit(self._windows(x))
 
     def _attended(self, x: Batch) -> Tensor:
-        steps = torch.cat(
-            [
-                self.matched_fields(x["history_cat"]),
-                torch.log1p(x["history_num"]),
-            ],
-            dim=2,
-        )
+        # Detached: the candidates train the tables that they share with the history, as well as
+        # both together do, and a step takes half the time.
+        history = self.matched_fields(x["history_cat"]).detach()
+        steps = torch.cat([history, torch.log1p(x["history_num"])], dim=2)
         target = self.matched_fields(x["item_cat"][:, self.matched_columns])
         attended: Tensor = self.attention(target, steps, x["history_item"] > 0)
         return attended

