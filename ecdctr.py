@@ -26,7 +26,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs one verb; an error that a user can mend is one line and exit code 1."""
-    options = _parser().parse_args(arguments)
+    options = parser().parse_args(arguments)
     try:
         options.run(options)
     except ModuleNotFoundError as error:
@@ -173,6 +173,7 @@ def _score(options: argparse.Namespace) -> None:
         sys.exit(f"ecdctr: {options.day} has only {len(requests)} requests")
     request = requests[-1]
     if options.body:
+        options.body.parent.mkdir(parents=True, exist_ok=True)
         options.body.write_text(json.dumps(body_of(request)))
         print(f"wrote {options.body}: {len(request.item_ids)} candidates")
         return
@@ -208,7 +209,8 @@ def _variant(options: argparse.Namespace) -> Variant:
     return Variant(tpm=not options.without_tpm, cpm=not options.without_cpm)
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """All verbs with their options."""
     parser = argparse.ArgumentParser("ecdctr", description="Cross-domain CTR: train, serve, score.")
     parser.add_argument(
         "--workspace",

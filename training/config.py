@@ -32,6 +32,8 @@ class FitConfig:
     """Of the embedding tables (Adam on the rows that a batch touches)."""
     weight_decay: float = 1e-4
     """Of the dense parameters."""
+    ranking: float = 0.0
+    """Weight of the ranking loss beside the click loss."""
     hidden_share: float = 0.02
     """Share of rows whose user window is hidden, and apart from that whose item window, whose
     numbers of one kind (user, context, item), and each single number."""
@@ -80,4 +82,4 @@ class ActrConfig:
     """Days of ads data before the day it is trained for."""
     calibration_days: int = 7
     """Its most recent days, on which the logit's offset is set."""
-    fit: FitConfig = FitConfig(passes=2)
+    fit: FitConfig = FitConfig(passes=2, ranking=0.3)

@@ -28,10 +28,13 @@ _SAMPLE = 65_536
 
 
 def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name: str) -> float:
-    """Fits `network` in place and returns the mean loss of the last tenth of the steps.
+    """Fits `network` in place and returns the mean click loss of the last tenth of the
+    steps.
 
-    Negatives were kept at a rate r, so their odds are 1/r too high in the log: the loss adds
-    log(1/r) to the logit, and the logit itself stays that of the whole traffic.
+    Negatives were kept at a rate r, so positives' odds are 1/r too high in the log: the loss adds
+    log(1/r) to the logit, and the logit itself stays that of the whole traffic. Beside the click
+    loss stands a ranking one, the softmax over a request's candidates, as in JRC (Sheng et al.,
+    arXiv 2208.06164); whole requests are in a batch for it.
     """
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
@@ -42,19 +45,21 @@ def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name
     optimizers = _optimizers(network, config)
     losses: list[Tensor] = []
     network.train()
-    for step, rows in enumerate(progress(_batches(len(examples), config, rng), name, num_steps)):
+    for step, rows in enumerate(progress(_batches(examples, config, rng), name, num_steps)):
         rate = _schedule(step, num_steps, config.warm_up_steps)
         batch = examples.batch(rows)
         _hide(batch, config.hidden_share, rng)
         offset = torch.from_numpy(np.log(examples.weight[rows]))
         label = torch.from_numpy(examples.label[rows])
-        loss = binary_cross_entropy_with_logits(network(batch) + offset, label)
-        loss.backward()  # type: ignore[no-untyped-call]
+        logit = network(batch)
+        click = binary_cross_entropy_with_logits(logit + offset, label)
+        ranking = _ranking_loss(logit, label, examples.request_id[rows])
+        (click + config.ranking * ranking).backward()  # type: ignore[no-untyped-call]
         for optimizer, learning_rate in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(loss.detach())
+        losses.append(click.detach())
     network.eval()
     return float(torch.stack(losses[-max(num_steps // 10, 1) :]).mean())
 
@@ -97,11 +102,25 @@ def _chunks(num: int) -> Iterator[Ints]:
         yield np.arange(start, min(start + _CHUNK, num))
 
 
-def _batches(num: int, config: FitConfig, rng: np.random.Generator) -> Iterator[Ints]:
+def _batches(examples: Examples, config: FitConfig, rng: np.random.Generator) -> Iterator[Ints]:
+    """Rows in a new order each pass; those of one request side by side where they are ranked."""
+    group = examples.request_id if config.ranking else np.arange(len(examples))
+    _, request = np.unique(group, return_inverse=True)
     for _ in range(config.passes):
-        order = rng.permutation(num)
-        for start in range(0, num, config.batch_size):
+        order = np.argsort(rng.permutation(request.max() + 1)[request], kind="stable")
+        for start in range(0, len(order), config.batch_size):
             yield order[start : start + config.batch_size]
+
+
+def _ranking_loss(logit: Tensor, label: Tensor, request_id: Ints) -> Tensor:
+    """Minus the log of each positive's share in the softmax over its request, per row."""
+    names, place = np.unique(request_id, return_inverse=True)
+    request = torch.from_numpy(place)
+    highest = torch.full((len(names),), -torch.inf)
+    highest = highest.scatter_reduce(0, request, logit.detach(), "amax")[request]
+    total = torch.zeros(len(names)).scatter_add(0, request, torch.exp(logit - highest))
+    log_share = logit - highest - torch.log(total[request])
+    return -(log_share * label).sum() / len(label)
 
 
 def _hide(batch: Batch, share: float, rng: np.random.Generator) -> None:

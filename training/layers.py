@@ -165,7 +165,8 @@ class HardMatch(nn.Module):
     ) -> Tensor:
         """float32 [B, MATCH_VALUES * (1 + M) + 2]. Padding (0) and missing features match
         nothing."""
-        age_L, count_L = history_num_1L2[0, :, AGE], history_num_1L2[0, :, COUNT]
+        age_L = history_num_1L2[0, :, AGE].clamp(max=NEVER_DAYS)
+        count_L = history_num_1L2[0, :, COUNT]
         real_L = (history_item_1L[0] > 0).to(count_L.dtype)
         decayed_L, recent_L = torch.exp(-age_L / DECAY_DAYS), torch.exp(-age_L / RECENT_DAYS)
         sums_L4 = torch.stack([real_L, count_L, count_L * decayed_L, recent_L], dim=1)
