@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def test_every_ecdctr_command_of_the_readme_parses(command: str) -> None:
     ecdctr.parser().parse_args(shlex.split(command)[1:])
 
 
+@pytest.mark.skipif(shutil.which("curl") is None, reason="curl is not installed")
 def test_the_readmes_curl_commands_work_as_printed(
     journey_exported: Exported, journey_url: str, tmp_path: Path
 ) -> None:
