@@ -190,8 +190,12 @@ def _demo(options: argparse.Namespace) -> None:
 
 
 def _workspace(options: argparse.Namespace) -> Workspace:
+    import torch
+
     from training.workspace import Workspace
 
+    # With more, the same seed would no longer give the same model on any number of cores.
+    torch.set_num_threads(1)
     return Workspace(options.workspace)
 
 

@@ -16,7 +16,7 @@ from embeddings_store.window import all_absent
 from training.config import FitConfig
 from training.events import EventLog
 from training.examples import Examples, builder_for
-from training.fit import fit, predict
+from training.fit import fit, predict, ranking_loss
 from training.layers import SPARSE_ROWS
 from training.metrics import measure
 from training.network import Network
@@ -179,3 +179,13 @@ def test_a_fitted_network_gives_finite_scores_without_any_window(
     scores = expit(predict(network, without))
     assert np.isfinite(scores).all()
     assert 0.2 < scores.sum() / expit(predict(network, examples)).sum() < 5
+
+
+def test_the_ranking_loss_is_the_softmax_within_each_request() -> None:
+    logit, label = torch.tensor([1.0, 90.0, -2.0, 0.5, 3.0]), torch.tensor([1.0, 0, 0, 0, 1])
+    request_id = np.array([7, 3, 7, 3, 3])
+    of_seven = torch.log_softmax(logit[[0, 2]], 0)[0]
+    of_three = torch.log_softmax(logit[[1, 3, 4]], 0)[2]
+    expected = -(of_seven + of_three) / 5
+    torch.testing.assert_close(ranking_loss(logit, label, request_id), expected)
+    assert ranking_loss(logit, torch.zeros(5), request_id) == 0

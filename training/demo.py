@@ -16,7 +16,7 @@ import httpx
 import numpy as np
 
 from training.actr import FULL, Variant, train_actr
-from training.client import best_ads, score_over_http
+from training.client import ServiceError, best_ads, score_over_http
 from training.cpm import cpm_name, train_cpm
 from training.datasets.complete_journey import import_complete_journey, source_folder
 from training.evaluate import report, score_days, table
@@ -144,7 +144,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
         except httpx.HTTPError:
             pass
         time.sleep(0.1)
-    raise RuntimeError(f"the service did not get ready; {log} says:\n{log.read_text()[-2000:]}")
+    raise ServiceError(f"the service did not get ready; {log} says:\n{log.read_text()[-2000:]}")
 
 
 def _say(text: str) -> None:

@@ -53,7 +53,7 @@ def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name
         label = torch.from_numpy(examples.label[rows])
         logit = network(batch)
         click = binary_cross_entropy_with_logits(logit + offset, label)
-        ranking = _ranking_loss(logit, label, examples.request_id[rows])
+        ranking = ranking_loss(logit, label, examples.request_id[rows])
         (click + config.ranking * ranking).backward()  # type: ignore[no-untyped-call]
         for optimizer, learning_rate in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate * rate
@@ -112,7 +112,7 @@ def _batches(examples: Examples, config: FitConfig, rng: np.random.Generator) ->
             yield order[start : start + config.batch_size]
 
 
-def _ranking_loss(logit: Tensor, label: Tensor, request_id: Ints) -> Tensor:
+def ranking_loss(logit: Tensor, label: Tensor, request_id: Ints) -> Tensor:
     """Minus the log of each positive's share in the softmax over its request, per row."""
     names, place = np.unique(request_id, return_inverse=True)
     request = torch.from_numpy(place)

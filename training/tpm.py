@@ -25,7 +25,7 @@ from embeddings_store import Entity, Snapshot
 from training.config import TpmConfig
 from training.events import Entities, EventLog, Ints
 from training.parallel import progress
-from training.workspace import Workspace
+from training.workspace import Workspace, WorkspaceError
 
 
 @dataclass(frozen=True)
@@ -101,6 +101,7 @@ def train_through(
     for month in months_until(last_month, num_months):
         if month in workspace.months():
             continue
+        _refuse_gap(workspace, month)
         torch.manual_seed(seed)
         model = Tpm(log, config)
         before = months_until(month, 2)[0]
@@ -115,6 +116,15 @@ def train_through(
         workspace.write_snapshots(model.snapshot(log, month))
         trained.append(month)
     return trained
+
+
+def _refuse_gap(workspace: Workspace, month: str) -> None:
+    later = [m for m in workspace.months() if m > month]
+    if later:
+        raise WorkspaceError(
+            f"snapshot {month} is missing, but {', '.join(later)} did not continue from it;"
+            f" remove snapshots/{later[0]} and later, then run this again"
+        )
 
 
 def months_until(month: str, num: int) -> list[str]:
@@ -204,6 +214,8 @@ def _same_request(
     request: Ints, taken: Ints, others: Ints, rng: np.random.Generator, num: int
 ) -> Ints:
     """Rows int64 [len(taken), num] of negatives of the same request, -1 where it has none."""
+    if not others.size:
+        return np.full((len(taken), num), -1)
     sorted_others = others[np.argsort(request[others], kind="stable")]
     names = request[sorted_others]
     start, end = (np.searchsorted(names, request[taken], side) for side in ("left", "right"))
