@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import polars as pl
 
 from bundle.encode import Request
 from bundle.golden import body_of
+from bundle.ids import Id
 from training.events import EventLog
 
 
@@ -58,12 +59,21 @@ def _post(client: httpx.Client, url: str, body: dict[str, Any]) -> dict[str, Any
     return answer
 
 
-def best_ads(log: EventLog, request: Request, scores: npt.NDArray[np.float64], num: int) -> str:
-    """The `num` best candidates with names and probabilities, a line each."""
+def best_ads(
+    log: EventLog,
+    request: Request,
+    scores: npt.NDArray[np.float64],
+    num: int,
+    taken: Collection[Id] = (),
+) -> str:
+    """The `num` best candidates with names and probabilities, a line each; those that turned out
+    to be taken have a star."""
     items = pl.read_parquet(log.root / "items.parquet", columns=["item_id", "name"])
     names = dict(items.iter_rows())
     lines = []
     for place, row in enumerate(np.argsort(-scores, kind="stable")[:num], start=1):
         item = request.item_ids[int(row)]
-        lines.append(f"{place:>3}  {scores[row]:>7.2%}  {item!s:>9}  {names.get(item) or ''}")
+        star = "*" if item in taken else " "
+        name = names.get(item) or ""
+        lines.append(f"{place:>3} {star} {scores[row]:>7.2%}  {item!s:>9}  {name}")
     return "\n".join(lines)

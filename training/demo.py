@@ -14,6 +14,7 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+import polars as pl
 
 from training.actr import FULL, Variant, train_actr
 from training.client import ServiceError, best_ads, score_over_http
@@ -100,12 +101,13 @@ def _serve_and_score(workspace: Workspace) -> None:
         _say(f"Scoring {len(requests)} real front pages of {ASOF} over HTTP at {url}")
         score_over_http(url, requests[:20])
         answers = score_over_http(url, requests)
-    # The household that has most to show: the one with the longest history.
-    chosen = int(np.argmax([len(request.history_items) for request in requests]))
-    request = requests[chosen]
-    bought = int(pairs[chosen][1]["label"].sum())
-    print(f"Household {request.user_id}, {len(request.item_ids)} ads on the page, {bought} bought:")
-    print(best_ads(log, request, answers.scores[chosen], 10))
+    # The household that has most to show: the one that bought most of its page.
+    bought = [rows.filter(pl.col("label") == 1)["item_id"].to_list() for _, rows in pairs]
+    chosen = int(np.argmax([len(items) for items in bought]))
+    request, taken = requests[chosen], bought[chosen]
+    print(f"Household {request.user_id}: the ten best of {len(request.item_ids)} ads on its page.")
+    print(f"It bought {len(taken)} of the page, marked * where they are among the ten.")
+    print(best_ads(log, request, answers.scores[chosen], 10, taken))
     p50, p99 = np.percentile(answers.latency_ms, [50, 99])
     sizes = np.array([len(request.item_ids) for request in requests])
     print(
