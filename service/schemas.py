@@ -16,7 +16,7 @@ from service.settings import Settings
 
 MAX_ID_LENGTH = 128
 MAX_VALUE_LENGTH = 256
-"""Characters. A column of strings is hashed as one rectangle, so one long value costs all rows."""
+"""Characters. No real category is longer, and every row of a column is hashed."""
 
 
 class _OneOf:
