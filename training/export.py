@@ -37,7 +37,7 @@ from bundle.manifest import (
     Tensor as InputTensor,
 )
 from bundle.registry import Registry
-from embeddings_store import Windows, window_months
+from embeddings_store import window_months
 from training.actr import load_actr
 from training.events import EventLog
 from training.examples import Builder, builder_for, month_before
@@ -223,28 +223,15 @@ def item_table(log: EventLog, builder: Builder, day: date) -> ItemTable:
 
 
 def _inputs(encoder: Encoder, log: EventLog, window: WindowTable, request: Request) -> Arrays:
-    encoded = encoder.request(request)
-    user = _gather(window.users, log.users.keys, encoded.user_key)
-    items = _gather(window.items, log.items.keys, encoded.item_keys)
+    user = log.users.rows(np.asarray([request.user_id]))
+    items = log.items.rows(np.asarray(request.item_ids))
     return {
-        **encoded.inputs,
-        "user_window": user.vectors,
-        "user_window_present": user.present,
-        "item_window": items.vectors,
-        "item_window_present": items.present,
+        **encoder.request(request).inputs,
+        "user_window": window.users.vectors[user],
+        "user_window_present": window.users.present[user],
+        "item_window": window.items.vectors[items],
+        "item_window_present": window.items.present[items],
     }
-
-
-def _gather(
-    table: Windows, keys: npt.NDArray[np.uint64], wanted: npt.NDArray[np.uint64]
-) -> Windows:
-    row = {int(key): i for i, key in enumerate(keys)}
-    rows = np.array([row.get(int(key), -1) for key in wanted])
-    known = rows >= 0
-    return Windows(
-        np.where(known[:, None, None], table.vectors[rows], np.float32(0)),
-        table.present[rows] & known[:, None],
-    )
 
 
 def _check(export: Export, inputs: Sequence[Arrays], model: Path) -> list[npt.NDArray[np.float64]]:

@@ -53,8 +53,10 @@ def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name
         label = torch.from_numpy(examples.label[rows])
         logit = network(batch)
         click = binary_cross_entropy_with_logits(logit + offset, label)
-        ranking = ranking_loss(logit, label, examples.request_id[rows])
-        (click + config.ranking * ranking).backward()  # type: ignore[no-untyped-call]
+        loss = click
+        if config.ranking:
+            loss = click + config.ranking * ranking_loss(logit, label, examples.request_id[rows])
+        loss.backward()  # type: ignore[no-untyped-call]
         for optimizer, learning_rate in optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate * rate
             optimizer.step()
