@@ -3,12 +3,13 @@ PYTHON ?= python3
 WORKSPACE ?= build/workspace
 PORT ?= 8000
 BIN := .venv/bin
+PEERS := build/bench/peers/deepctr_torch/ready build/bench/peers/fuxictr/ready
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo serve test lint check format clean
+.PHONY: help demo serve test lint check format clean bench-training
 
 help: ## Show what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
 demo: .venv/train ## Real data to served scores: import, train, evaluate, export, serve, score
 	$(BIN)/ecdctr --workspace $(WORKSPACE) demo
@@ -20,6 +21,15 @@ test: lint ## Lint, types and all tests (starts and stops the servers that it ne
 	$(BIN)/python -m pytest
 
 check: test ## The same: what CI runs
+
+bench-training: .venv/train $(PEERS) ## Training speed beside DeepCTR-Torch and FuxiCTR
+	$(BIN)/python -m benchmarks.training
+
+build/bench/peers/%/ready: benchmarks/peers/%.txt
+	$(PYTHON) -m venv $(@D)
+	@echo "Installing $* in a place of its own ..."
+	$(@D)/bin/python -m pip install --quiet --requirement $<
+	@touch $@
 
 lint: .venv/dev ## Style and types only
 	$(BIN)/ruff check .

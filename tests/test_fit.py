@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date, timedelta
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,9 +18,10 @@ from training.config import FitConfig
 from training.events import EventLog
 from training.examples import Examples, builder_for
 from training.fit import fit, predict, ranking_loss
-from training.layers import SPARSE_ROWS
 from training.metrics import measure
 from training.network import Network
+from training.parts import Parts
+from training.tables import SPARSE_ROWS, Block
 from training.workspace import Workspace
 
 CONFIG = FitConfig(batch_size=128, warm_up_steps=5)
@@ -91,6 +93,62 @@ def test_rows_of_a_large_table_that_no_batch_touched_stay_as_they_were(
     touched = set(examples.item_cat[:, column].tolist())
     moved = (network.tables["brand"].weight != before).any(1).nonzero()[:, 0].tolist()
     assert set(moved) == touched
+
+
+def test_one_part_is_the_same_as_all_rows(tiny_log: EventLog, examples: Examples) -> None:
+    network, parts = made(tiny_log), Parts([lambda: examples])
+    loss = fit(network, parts, replace(CONFIG, passes=2), 0, "test")
+    other, expected = fitted(tiny_log, examples, replace(CONFIG, passes=2))
+    assert loss == expected
+    assert all(torch.equal(tensor, state(other)[name]) for name, tensor in state(network).items())
+
+
+def test_parts_are_learned_from_oldest_first_once_a_pass(
+    tiny_log: EventLog, examples: Examples
+) -> None:
+    halves = np.array_split(np.arange(len(examples)), 2)
+    asked: list[int] = []
+
+    def build(number: int) -> Examples:
+        asked.append(number)
+        return examples.take(halves[number])
+
+    parts = Parts([partial(build, number) for number in range(2)])
+    fit(made(tiny_log), parts, replace(CONFIG, passes=2), 0, "test")
+    # The newest comes first for its statistics.
+    assert asked == [1, 0, 1, 0, 1]
+
+
+def test_statistics_of_parts_are_those_of_the_newest(
+    tiny_log: EventLog, examples: Examples
+) -> None:
+    older = replace(examples, item_num=np.ones_like(examples.item_num))
+    network, alone = made(tiny_log), made(tiny_log)
+    fit(network, Parts([lambda: older, lambda: examples]), CONFIG, 0, "test")
+    fit(alone, examples, CONFIG, 0, "test")
+    of = [n.item_numbers.standardise.mean for n in (network, alone)]
+    assert torch.equal(of[0], of[1])
+
+
+def test_only_dense_parameters_follow_the_schedule(
+    tiny_log: EventLog, examples: Examples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adagrad has one of its own: a row that first comes late learns as much as an early one."""
+    rates: list[float] = []
+    step = Block.step
+    monkeypatch.setattr(
+        Block, "step", lambda self, rate, team: (rates.append(rate), step(self, rate, team))
+    )
+    fitted(tiny_log, examples)
+    assert len(rates) > 5
+    assert set(rates) == {CONFIG.large_table_learning_rate}
+
+
+def test_a_large_table_starts_as_next_to_nothing(tiny_log: EventLog) -> None:
+    tables = made(tiny_log).state_dict()
+    deviations = {n: float(t.std()) for n, t in tables.items() if n.startswith("tables.")}
+    assert deviations.pop("tables.brand.weight") == pytest.approx(1e-4, rel=0.1)
+    assert min(deviations.values()) > 5e-3
 
 
 def test_sampled_negatives_do_not_make_clicks_look_likely(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NoReturn
 
 import numpy as np
 import numpy.typing as npt
@@ -12,13 +14,16 @@ from scipy.optimize import brentq
 from scipy.special import expit
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
+from tqdm import tqdm
 
 from training.config import FitConfig
+from training.distributed import World, device, world
 from training.events import Ints
 from training.examples import Batch, Examples
-from training.layers import SPARSE_ROWS
 from training.network import Network
-from training.parallel import progress
+from training.parallel import counter
+from training.parts import Parts
+from training.tables import SPARSE_ROWS, Block, merged
 
 Floats = npt.NDArray[np.float64]
 
@@ -27,7 +32,9 @@ _SAMPLE = 65_536
 """Rows that the statistics are taken from."""
 
 
-def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name: str) -> float:
+def fit(
+    network: Network, examples: Examples | Parts, config: FitConfig, seed: int, name: str
+) -> float:
     """Fits `network` in place and returns the mean click loss of the last tenth of the
     steps.
 
@@ -35,35 +42,89 @@ def fit(network: Network, examples: Examples, config: FitConfig, seed: int, name
     log(1/r) to the logit, and the logit itself stays that of the whole traffic. Beside the click
     loss stands a ranking one, the softmax over a request's candidates, as in JRC (Sheng et al.,
     arXiv 2208.06164); whole requests are in a batch for it.
+
+    Parts are learned from one after the other, each shuffled, with the statistics of the newest.
+    Where several processes fit, each has rows of its own, and all end with the same network.
+
+    Raises:
+        DistributedError: they do not, or one has too few rows.
     """
-    torch.manual_seed(seed)
-    rng = np.random.default_rng(seed)
-    num_steps = config.passes * math.ceil(len(examples) / config.batch_size)
-    sample = rng.choice(len(examples), min(len(examples), _SAMPLE), replace=False)
-    network.fit_statistics(examples.batch(np.sort(sample)))
-    _centre(network, examples, np.sort(sample))
-    optimizers = _optimizers(network, config)
+    team, to = world(), device()
+    parts = Parts([lambda: examples]) if isinstance(examples, Examples) else examples
+    torch.manual_seed(seed + team.rank)
+    rng = np.random.default_rng(seed + team.rank)
+    _prepare(network, parts.newest, rng)
+    team.follow_first(network.to(to))
     losses: list[Tensor] = []
+    times = config.passes * len(parts)
     network.train()
-    for step, rows in enumerate(progress(_batches(examples, config, rng), name, num_steps)):
-        rate = _schedule(step, num_steps, config.warm_up_steps)
+    tables, size = network.tables.values(), config.batch_size
+    with merged(tables, size) as blocks, counter(name) as bar:
+        optimizers = _optimizers(network, config)
+        loop = _Loop(network, optimizers, blocks, config, rng, team, to, bar)
+        for time in range(times):
+            # Not kept in a name: it would still be there while the next one is built.
+            losses += loop.run(parts[time % len(parts)], time, times)
+    network.eval().cpu()
+    team.verify(network, name)
+    last = torch.stack(losses[-max(len(losses) // 10, 1) :])
+    return team.sum(float(last.mean())) / team.size
+
+
+@dataclass(frozen=True)
+class _Loop:
+    """What stays the same over all steps of a run."""
+
+    network: Network
+    optimizers: list[tuple[torch.optim.Optimizer, float]]
+    blocks: list[Block]
+    config: FitConfig
+    rng: np.random.Generator
+    team: World
+    to: torch.device
+    bar: tqdm[NoReturn]
+
+    def run(self, examples: Examples, time: int, times: int) -> list[Tensor]:
+        """One pass over a part, the `time`-th of `times`; the click loss of every step."""
+        order = _order(examples, self.config, self.rng)
+        batches = self.team.batches(order, self.config.batch_size)
+        first, num_steps = time * len(batches), times * len(batches)
+        self.bar.total = num_steps
+        losses = []
+        for step, rows in enumerate(batches, first):
+            rate = _schedule(step, num_steps, self.config.warm_up_steps)
+            losses.append(self._step(examples, rows, rate))
+            self.bar.update()
+        return losses
+
+    def _step(self, examples: Examples, rows: Ints, rate: float) -> Tensor:
         batch = examples.batch(rows)
-        _hide(batch, config.hidden_share, rng)
-        offset = torch.from_numpy(np.log(examples.weight[rows]))
-        label = torch.from_numpy(examples.label[rows])
-        logit = network(batch)
+        _hide(batch, self.config.hidden_share, self.rng)
+        offset = torch.from_numpy(np.log(examples.weight[rows])).to(self.to)
+        label = torch.from_numpy(examples.label[rows]).to(self.to)
+        logit = self.network({name: tensor.to(self.to) for name, tensor in batch.items()})
         click = binary_cross_entropy_with_logits(logit + offset, label)
         loss = click
-        if config.ranking:
-            loss = click + config.ranking * ranking_loss(logit, label, examples.request_id[rows])
-        loss.backward()  # type: ignore[no-untyped-call]
-        for optimizer, learning_rate in optimizers:
+        if self.config.ranking:
+            ranking = ranking_loss(logit, label, examples.request_id[rows])
+            loss = click + self.config.ranking * ranking
+        # Of the mean over the rows of all processes, this is what belongs to the own ones.
+        (loss * self.team.share(len(rows))).backward()  # type: ignore[no-untyped-call]
+        self._update(rate)
+        return click.detach()
+
+    def _update(self, rate: float) -> None:
+        for optimizer, _ in self.optimizers:
+            parameters = optimizer.param_groups[0]["params"]
+            self.team.add(p.grad for p in parameters if p.grad is not None)
+        for optimizer, learning_rate in self.optimizers:
             optimizer.param_groups[0]["lr"] = learning_rate * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        losses.append(click.detach())
-    network.eval()
-    return float(torch.stack(losses[-max(num_steps // 10, 1) :]).mean())
+        # Not by the schedule: Adagrad slows down by itself, each row by what it has seen. What is
+        # rare, and first comes late, must learn as much as what came early.
+        for block in self.blocks:
+            block.step(self.config.large_table_learning_rate, self.team)
 
 
 @torch.no_grad()
@@ -78,16 +139,24 @@ def calibration(logit: Floats, examples: Examples) -> float:
     """The offset that makes the predicted positives of `examples` as many as the real ones.
 
     Sampled negatives count 1 / rate. Only an offset: a slope would fit the noise of few positives.
+    Of several processes each gives rows of its own and gets the offset of all.
     """
-    times = np.where(examples.label > 0, 1.0, examples.weight)
-    real = float(examples.label.sum())
+    team, times = world(), np.where(examples.label > 0, 1.0, examples.weight)
+    real = team.sum(float(examples.label.sum()))
     if not real:
         return 0.0
 
     def excess(offset: float) -> float:
-        return float((expit(logit + offset) * times).sum()) - real
+        return team.sum(float((expit(logit + offset) * times).sum())) - real
 
     return float(brentq(excess, -30.0, 30.0))
+
+
+def _prepare(network: Network, newest: Examples, rng: np.random.Generator) -> None:
+    """Takes statistics, and the rate of positives, from a sample of the newest part."""
+    sample = np.sort(rng.choice(len(newest), min(len(newest), _SAMPLE), replace=False))
+    network.fit_statistics(newest.batch(sample))
+    _centre(network, newest, sample)
 
 
 @torch.no_grad()
@@ -104,23 +173,21 @@ def _chunks(num: int) -> Iterator[Ints]:
         yield np.arange(start, min(start + _CHUNK, num))
 
 
-def _batches(examples: Examples, config: FitConfig, rng: np.random.Generator) -> Iterator[Ints]:
-    """Rows in a new order each pass; those of one request side by side where they are ranked."""
-    group = examples.request_id if config.ranking else np.arange(len(examples))
-    _, request = np.unique(group, return_inverse=True)
-    for _ in range(config.passes):
-        order = np.argsort(rng.permutation(request.max() + 1)[request], kind="stable")
-        for start in range(0, len(order), config.batch_size):
-            yield order[start : start + config.batch_size]
+def _order(examples: Examples, config: FitConfig, rng: np.random.Generator) -> Ints:
+    """Rows in a new order, those of one request side by side where they are ranked."""
+    if not config.ranking:
+        return np.argsort(rng.permutation(len(examples)))
+    _, request = np.unique(examples.request_id, return_inverse=True)
+    return np.argsort(rng.permutation(request.max() + 1)[request], kind="stable")
 
 
 def ranking_loss(logit: Tensor, label: Tensor, request_id: Ints) -> Tensor:
     """Minus the log of each positive's share in the softmax over its request, per row."""
     names, place = np.unique(request_id, return_inverse=True)
-    request = torch.from_numpy(place)
-    highest = torch.full((len(names),), -torch.inf)
+    request = torch.from_numpy(place).to(logit.device)
+    highest = logit.new_full((len(names),), -torch.inf)
     highest = highest.scatter_reduce(0, request, logit.detach(), "amax")[request]
-    total = torch.zeros(len(names)).scatter_add(0, request, torch.exp(logit - highest))
+    total = logit.new_zeros(len(names)).scatter_add(0, request, torch.exp(logit - highest))
     log_share = logit - highest - torch.log(total[request])
     return -(log_share * label).sum() / len(label)
 
@@ -146,14 +213,14 @@ def _kept_numbers(
 
 
 def _optimizers(network: Network, config: FitConfig) -> list[tuple[torch.optim.Optimizer, float]]:
+    """Of all that is in no block."""
     small: list[nn.Parameter] = []
-    large: list[nn.Parameter] = []
     dense: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         if not name.startswith("tables."):
             dense.append(parameter)
-        else:
-            (large if len(parameter) >= SPARSE_ROWS else small).append(parameter)
+        elif len(parameter) < SPARSE_ROWS:
+            small.append(parameter)
     decay = config.weight_decay
     optimizers: list[tuple[torch.optim.Optimizer, float]] = [
         (torch.optim.AdamW(dense, weight_decay=decay, fused=True), config.learning_rate)
@@ -161,8 +228,6 @@ def _optimizers(network: Network, config: FitConfig) -> list[tuple[torch.optim.O
     if small:
         adam = torch.optim.AdamW(small, weight_decay=decay, fused=True)
         optimizers.append((adam, config.table_learning_rate))
-    if large:
-        optimizers.append((torch.optim.SparseAdam(large), config.table_learning_rate))
     return optimizers
 
 

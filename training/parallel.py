@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.sharedctypes import Synchronized
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 import torch
 from tqdm import tqdm
+
+from training.distributed import world
 
 _T = TypeVar("_T")
 _line = 0
@@ -34,8 +36,16 @@ def in_parallel(run: Callable[..., _T], jobs: Sequence[tuple[object, ...]]) -> l
 def progress(
     steps: Iterable[_T], name: str, total: int | None = None, unit: str = "it"
 ) -> tqdm[_T]:
-    """A progress bar over `steps`, on this process's own line of the terminal."""
-    return tqdm(steps, name, total, unit=unit, position=_line, leave=_line == 0)
+    """A progress bar over `steps`, on this process's own line of the terminal. Of the processes
+    that train one model the first one has it."""
+    return tqdm(
+        steps, name, total, unit=unit, position=_line, leave=_line == 0, disable=world().rank > 0
+    )
+
+
+def counter(name: str) -> tqdm[NoReturn]:
+    """A progress bar that is moved by hand."""
+    return tqdm(desc=name, position=_line, leave=_line == 0, disable=world().rank > 0)
 
 
 def _start(lines: Synchronized[int]) -> None:
