@@ -7,7 +7,8 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,9 +17,14 @@ if TYPE_CHECKING:
     from typing import TypeAlias
 
     from training.actr import Variant
+    from training.config import Schedule
     from training.workspace import Workspace
 
     _Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+_OF_TRAINING = ("torch", "polars", "sklearn", "tqdm", "onnx", "httpx", "scipy", "matplotlib")
+REFUSED = 3
+"""Exit code of an update whose bundle may not go live."""
 
 # Idle OpenMP threads sleep instead of spinning: on a shared machine that is several times faster.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -30,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         options.run(options)
     except ModuleNotFoundError as error:
-        if error.name in ("torch", "polars", "sklearn", "tqdm", "onnx", "httpx", "scipy"):
+        if error.name in _OF_TRAINING:
             sys.exit(f"ecdctr: {error.name} is not installed; run: pip install 'ecdctr[train]'")
         raise
     except KeyboardInterrupt:
@@ -72,9 +78,8 @@ def _train_tpm(options: argparse.Namespace) -> None:
     from training.tpm import train_through
 
     recipe = complete_journey()
-    months = train_through(
-        _workspace(options), options.through, options.months, recipe.tpm, options.seed
-    )
+    with _alone(options, "tpm") as workspace:
+        months = train_through(workspace, options.through, options.months, recipe.tpm, options.seed)
     print(f"trained: {', '.join(months) or 'nothing, all snapshots are there'}")
 
 
@@ -83,18 +88,19 @@ def _train_cpm(options: argparse.Namespace) -> None:
     from training.recipes import complete_journey
 
     recipe, tpm = complete_journey(), not options.without_tpm
-    print(
-        train_cpm(_workspace(options), options.asof, recipe.network, recipe.cpm, options.seed, tpm)
-    )
+    with _alone(options, "cpm") as workspace:
+        print(train_cpm(workspace, options.asof, recipe.network, recipe.cpm, options.seed, tpm))
 
 
 def _train_actr(options: argparse.Namespace) -> None:
     from training.actr import train_actr
     from training.recipes import complete_journey
 
-    recipe, workspace = complete_journey(), _workspace(options)
-    variant = _variant(options)
-    print(train_actr(workspace, options.asof, recipe.network, recipe.actr, options.seed, variant))
+    recipe, variant = complete_journey(), _variant(options)
+    with _alone(options, "actr") as workspace:
+        print(
+            train_actr(workspace, options.asof, recipe.network, recipe.actr, options.seed, variant)
+        )
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -129,7 +135,8 @@ def _export(options: argparse.Namespace) -> None:
     from training.export import export_actr
     from training.recipes import complete_journey
 
-    print(export_actr(_workspace(options), options.asof, complete_journey()))
+    with _alone(options, "actr") as workspace:
+        print(export_actr(workspace, options.asof, complete_journey()))
 
 
 def _promote(options: argparse.Namespace) -> None:
@@ -182,6 +189,71 @@ def _score(options: argparse.Namespace) -> None:
     print(best_ads(log, request, answer.scores[0], 10))
 
 
+def _update(options: argparse.Namespace) -> None:
+    from embeddings_store import open_store
+    from training.recipes import complete_journey
+    from training.update import TIERS, run_update
+
+    store = open_store(options.store) if options.store else None
+    outcome = run_update(
+        _workspace(options),
+        options.asof,
+        complete_journey(),
+        _schedule(options),
+        options.seed,
+        options.force,
+        [options.only] if options.only else TIERS,
+        options.allow_missing_days,
+        store,
+        options.wait_s,
+        options.release,
+    )
+    print("\n".join(outcome.lines()))
+    if outcome.refused:
+        sys.exit(REFUSED)
+
+
+def _simulate(options: argparse.Namespace) -> None:
+    from training.recipes import complete_journey
+    from training.simulate import run_simulation, summary
+
+    out = options.out or options.workspace / "simulation.jsonl"
+    lines = run_simulation(
+        _workspace(options),
+        options.first,
+        options.last,
+        complete_journey(),
+        _schedule(options),
+        out,
+        options.per_day or None,
+        options.seed,
+        options.allow_missing_days,
+        options.serve,
+    )
+    print(summary(lines, out))
+
+
+def _experiment(options: argparse.Namespace) -> None:
+    from experiments.catalogue import EXPERIMENTS, FULL, QUICK
+    from experiments.report import markdown, page
+    from experiments.run import run_experiment
+
+    if options.name not in EXPERIMENTS:
+        known = ", ".join(EXPERIMENTS)
+        raise ValueError(f"no experiment {options.name!r}; there are: {known}")
+    workspace, size = _workspace(options), QUICK if options.quick else FULL
+    command = f"ecdctr experiment {options.name}" + " --quick" * options.quick
+    root = workspace.root / "experiments"
+    experiment = EXPERIMENTS[options.name](size)
+    workspace.log()
+    result = run_experiment(experiment, size, workspace.data, root, command)
+    target = root / "results" / f"{options.name}{'-quick' * options.quick}.json"
+    result.write(target)
+    target.with_suffix(".html").write_text(page([result]))
+    print(markdown(result))
+    print(f"\n{target}\n{target.with_suffix('.html')}")
+
+
 def _demo(options: argparse.Namespace) -> None:
     from training.demo import run_demo
     from training.recipes import complete_journey
@@ -197,6 +269,27 @@ def _workspace(options: argparse.Namespace) -> Workspace:
     # With more, the same seed would no longer give the same model on any number of cores.
     torch.set_num_threads(1)
     return Workspace(options.workspace)
+
+
+@contextmanager
+def _alone(options: argparse.Namespace, tier: str) -> Iterator[Workspace]:
+    """The workspace, while no other run makes anything of this tier."""
+    workspace = _workspace(options)
+    workspace.log()
+    # The processes of one run that share the work are one run.
+    if int(os.environ.get("RANK", "0")):
+        yield workspace
+        return
+    with workspace.locked(tier):
+        yield workspace
+
+
+def _schedule(options: argparse.Namespace) -> Schedule:
+    from training.config import Schedule
+
+    if options.tpm_lag_days is None:
+        return Schedule(tpm_lag_days=_workspace(options).lag_days)
+    return Schedule(tpm_lag_days=options.tpm_lag_days)
 
 
 def _registry(options: argparse.Namespace) -> Path:
@@ -268,6 +361,36 @@ def _add_training(verbs: _Verbs) -> None:
         "--window", type=_month, required=True, metavar="YYYY-MM", help="its last month"
     )
     _store(verb)
+    verb = _verb(verbs, "update", "train what is due, export, promote what passes", _update)
+    _asof(verb)
+    verb.add_argument("--only", choices=["tpm", "cpm", "actr"], help="one tier (default: all)")
+    verb.add_argument("--force", action="store_true", help="promote a refused bundle")
+    verb.add_argument(
+        "--release", type=_month, metavar="YYYY-MM", help="use a snapshot that is held back"
+    )
+    _missing_days(verb)
+    verb.add_argument(
+        "--wait-s", type=float, default=0.0, help="for another update to end (default: %(default)s)"
+    )
+    verb.add_argument("--store", help="a redis:// URL or path that gets the window too")
+    _lag(verb)
+    _seed(verb)
+    verb = _verb(verbs, "simulate", "replay history, an update and its scores a day", _simulate)
+    verb.add_argument("--from", dest="first", type=_day, required=True, metavar="YYYY-MM-DD")
+    verb.add_argument("--to", dest="last", type=_day, required=True, metavar="YYYY-MM-DD")
+    verb.add_argument(
+        "--per-day", type=int, default=300, help="requests a day, 0 is all (default: %(default)s)"
+    )
+    verb.add_argument("--serve", action="store_true", help="score some of each day over HTTP too")
+    verb.add_argument(
+        "--out", type=Path, help="a line of JSON a day (default: the workspace's simulation.jsonl)"
+    )
+    _missing_days(verb)
+    _lag(verb)
+    _seed(verb)
+    verb = _verb(verbs, "experiment", "measure one of the method's claims", _experiment)
+    verb.add_argument("name", help="which one, such as 'tiers'; a wrong name lists them all")
+    verb.add_argument("--quick", action="store_true", help="a size that only shows that it runs")
     verb = _verb(verbs, "demo", "all of it, on real data, in one go", _demo)
     _seed(verb)
 
@@ -314,6 +437,26 @@ def _variants(verb: argparse.ArgumentParser) -> None:
 
 def _seed(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--seed", type=int, default=0, help="(default: %(default)s)")
+
+
+def _missing_days(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--allow-missing-days",
+        type=int,
+        default=0,
+        metavar="N",
+        help="days that the log may lack of what a tier learns from (default: %(default)s)",
+    )
+
+
+def _lag(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--tpm-lag-days",
+        type=int,
+        metavar="N",
+        help="days between a month's end and the first rows that see its snapshot (default: 0, or"
+        " what the workspace was begun with)",
+    )
 
 
 def _store(verb: argparse.ArgumentParser) -> None:

@@ -62,6 +62,24 @@ class Tensor:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What one gate says of a bundle before it may be promoted."""
+
+    gate: str
+    passed: bool
+    value: float | None
+    """What was measured; None where there was nothing to measure."""
+    limit: str
+    """What would be right: "at most 1e-05"."""
+    detail: str = ""
+
+    def __str__(self) -> str:
+        value = "" if self.value is None else f" {self.value:.6g}"
+        detail = f" ({self.detail})" if self.detail else ""
+        return f"{self.gate}{value}, must be {self.limit}{detail}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """`manifest.json`. `id` and `files` are filled in by `seal`."""
 
@@ -76,10 +94,19 @@ class Manifest:
     inputs: tuple[Tensor, ...]
     metrics: dict[str, float]
     """Held-out figures by name, as measured before the bundle was written; may be empty."""
+    gates: tuple[Verdict, ...] = ()
+    """What the gates said; empty where none was asked."""
+    forced: bool = False
+    """Somebody decided that it may be promoted whatever the gates said."""
     files: dict[str, str] = field(default_factory=dict)
     """sha256 by path, relative to the bundle."""
     id: str = ""
     schema_version: int = SCHEMA_VERSION
+
+
+def refusals(manifest: Manifest) -> list[str]:
+    """Why a bundle must not be promoted, a gate each; empty where it may be."""
+    return [] if manifest.forced else [str(one) for one in manifest.gates if not one.passed]
 
 
 def seal(draft: Path, manifest: Manifest) -> Manifest:
@@ -138,7 +165,11 @@ def verify(folder: Path) -> Manifest:
 
 
 def _id(manifest: Manifest) -> str:
-    content = [manifest.files, asdict(manifest.lineage), asdict(manifest.window)]
+    content: list[Any] = [manifest.files, asdict(manifest.lineage), asdict(manifest.window)]
+    # What was refused and then forced, or never judged at all, is another bundle: each has its own
+    # manifest.
+    content += [[verdict.gate, verdict.passed] for verdict in manifest.gates]
+    content += ["forced"] * manifest.forced
     text = json.dumps(content, sort_keys=True)
     return f"{manifest.asof}-{hashlib.sha256(text.encode()).hexdigest()[:10]}"
 
@@ -156,6 +187,7 @@ def _parse(document: dict[str, Any], path: Path) -> Manifest:
             "window": Window(**document["window"]),
             "lineage": Lineage(**lineage),
             "inputs": tuple(inputs),
+            "gates": tuple(Verdict(**one) for one in document.get("gates", ())),
             "files": dict(document["files"].items()),
         }
     )

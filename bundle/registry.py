@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from bundle.manifest import BundleError, Manifest, read_manifest, verify
+from bundle.manifest import BundleError, Manifest, read_manifest, refusals, verify
 
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 
@@ -109,10 +109,12 @@ class Registry:
         """Makes a bundle the current one, after verifying it; promoting it twice changes nothing.
 
         Raises:
-            RegistryError: no such bundle.
+            RegistryError: no such bundle, or its gates refused it.
             BundleError: the bundle is damaged.
         """
         self._verify(bundle_id)
+        if reasons := refusals(self.read(bundle_id)):
+            raise RegistryError(f"{bundle_id} was refused: {'; '.join(reasons)}")
         with self._locked():
             before = self._current_or_none()
             if before and before.current == bundle_id:

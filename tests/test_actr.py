@@ -22,7 +22,12 @@ from training.network import Network
 from training.workspace import Workspace, WorkspaceError
 
 ACTR = tiny.RECIPE.actr
-STILL = replace(ACTR, fit=replace(ACTR.fit, learning_rate=0.0, table_learning_rate=0.0))
+STILL = replace(
+    ACTR,
+    fit=replace(
+        ACTR.fit, learning_rate=0.0, table_learning_rate=0.0, large_table_learning_rate=0.0
+    ),
+)
 """Learns nothing, so its parameters are those that it began with."""
 
 

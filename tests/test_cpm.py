@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from datetime import date, timedelta
+from pathlib import Path
 
 import polars as pl
 import pytest
 import tiny
+import torch
 
+from training.actr import train_actr
 from training.config import CpmConfig
-from training.cpm import cpm_name, cpm_rows, train_cpm
+from training.cpm import cpm_name, cpm_rows, earlier_actr, train_cpm
 from training.events import EventLog
 from training.workspace import Workspace, WorkspaceError
 
@@ -99,3 +102,48 @@ def test_cpm_without_tpm_has_a_name_of_its_own_and_needs_no_snapshot(
     assert name == cpm_name(tiny.ASOF, with_tpm=False) != cpm_name(tiny.ASOF)
     assert workspace.has_model(name)
     assert not workspace.has_model(cpm_name(tiny.ASOF))
+
+
+def test_cpm_starts_from_the_newest_actr_that_has_not_seen_the_month_before(
+    tiny_workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace = tiny.copy_workspace(tiny_workspace, tmp_path / "workspace")
+    config = replace(tiny.RECIPE.cpm, start_days=3)
+    later = tiny.ASOF + timedelta(days=3)
+    for day in (tiny.ASOF, tiny.ASOF + timedelta(days=2)):
+        assert earlier_actr(workspace, day, config) is None
+    assert earlier_actr(workspace, later, config) == f"actr-{tiny.ASOF}"
+    assert earlier_actr(workspace, later + timedelta(days=9), config) == f"actr-{tiny.ASOF}"
+
+
+def test_what_an_earlier_actr_knew_is_what_cpm_starts_from(
+    tiny_workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace = tiny.copy_workspace(tiny_workspace, tmp_path / "workspace")
+    still = replace(tiny.RECIPE.cpm.fit, learning_rate=0.0, table_learning_rate=0.0)
+    config = replace(tiny.RECIPE.cpm, start_days=0, fit=still)
+    name = train_cpm(workspace, tiny.ASOF, tiny.RECIPE.network, config, seed=1)
+    assert workspace.facts(name, "")["start"] == f"actr-{tiny.ASOF}"
+    cpm, actr = (
+        torch.load(workspace.root / "models" / n / "model.pt", weights_only=True)
+        for n in (name, f"actr-{tiny.ASOF}")
+    )
+    for layer in ("first.item.weight", "second.weight", "wide.item.weight"):
+        assert torch.equal(cpm[layer], actr[layer])
+
+
+def test_an_actr_after_a_cpm_that_had_a_start_sees_its_ads_fewer_times(
+    tiny_workspace: Workspace, tmp_path: Path
+) -> None:
+    workspace = tiny.copy_workspace(tiny_workspace, tmp_path / "workspace")
+    recipe = tiny.RECIPE
+    train_cpm(workspace, tiny.ASOF, recipe.network, replace(recipe.cpm, start_days=0), seed=0)
+    warm = replace(recipe.actr, warm_passes=2)
+    losses = [
+        workspace.facts(train_actr(workspace, tiny.ASOF, recipe.network, config, 0), "")["loss"]
+        for config in (warm, replace(warm, fit=replace(warm.fit, passes=2), warm_passes=1))
+    ]
+    once = replace(warm, warm_passes=1)
+    name = train_actr(workspace, tiny.ASOF, recipe.network, once, 0)
+    assert workspace.facts(name, "")["loss"] == losses[1]
+    assert losses[0] != losses[1]

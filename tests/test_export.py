@@ -36,11 +36,10 @@ from training.export import (
     Served,
     graph_inputs,
     input_names,
-    open_session,
     publish_bundle,
-    run_session,
 )
 from training.requests import RequestMaker
+from training.scoring import open_session, run_session
 from training.workspace import Workspace, WorkspaceError
 
 SIZES = (1, 2, 7, 500)
@@ -249,7 +248,7 @@ def test_a_graph_that_is_not_the_network_is_an_error_and_leaves_nothing(
     publish: tuple[Publish, Registry], actr: Actr
 ) -> None:
     run, registry = publish
-    with pytest.raises(ExportError, match="candidates the graph's scores differ from torch's"):
+    with pytest.raises(ExportError, match="the graph's scores differ from torch's: parity"):
         run(network=Growing(actr.network))
     assert list(registry.root.iterdir()) == []
     assert registry.ids() == []

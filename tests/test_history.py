@@ -87,3 +87,12 @@ def test_the_order_within_a_day_says_nothing(tiny_data: Path, tmp_path: Path) ->
         expected, found = (past_of(log, user, DAY) for log in (first, second))
         assert found.item_rows.tolist() == expected.item_rows.tolist()
         assert found.age_days.tolist() == expected.age_days.tolist()
+
+
+def test_a_history_of_some_days_has_nothing_older(tiny_log: EventLog) -> None:
+    row = int(tiny_log.users.rows(np.array(["u05"], object))[0])
+    past = Histories(tiny_log, DAY, days=7).before(row, DAY)
+    expected = slow_past(tiny_log, "u05", DAY)
+    recent = {item for item, (age, _) in expected.items() if age <= 7}
+    assert set(named(tiny_log, past)) == recent
+    assert 0 < len(recent) < len(expected)

@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bundle.encode import AGE, COUNT
+from training.aggregators import SelfAttention
 from training.events import EventLog
 from training.layers import (
     DECAY_DAYS,
     MATCH_VALUES,
     NEVER_DAYS,
     RECENT_DAYS,
-    Aggregator,
     FieldEmbeddings,
     HardMatch,
     Numbers,
@@ -139,57 +139,9 @@ def test_a_match_depends_on_its_own_candidate_only() -> None:
     assert torch.equal(together, torch.cat(alone))
 
 
-def aggregator(size: int = 5) -> Aggregator:
+def self_attention() -> SelfAttention:
     torch.manual_seed(0)
-    layer = Aggregator(size)
-    with torch.no_grad():
-        for parameter in layer.parameters():
-            parameter.copy_(torch.randn_like(parameter))
-    return layer
-
-
-def test_a_window_without_any_month_is_zeros() -> None:
-    layer = aggregator()
-    found = layer(torch.full((4, 3, 5), math.nan), torch.zeros(4, 3, dtype=torch.bool))
-    assert torch.equal(found, torch.zeros(4, 5))
-
-
-@pytest.mark.parametrize("content", [math.nan, math.inf, -1e30, 7.0])
-def test_what_an_absent_month_holds_never_matters(content: float) -> None:
-    layer, window = aggregator(), torch.randn(8, 3, 5)
-    present = torch.tensor([[bool(i & 1), bool(i & 2), bool(i & 4)] for i in range(8)])
-    expected = layer(torch.where(present[..., None], window, 0.0), present)
-    found = layer(torch.where(present[..., None], window, content), present)
-    assert torch.equal(found, expected)
-    assert found.isfinite().all()
-
-
-def test_a_month_that_is_there_matters() -> None:
-    layer, window = aggregator(), torch.randn(1, 3, 5)
-    present = torch.ones(1, 3, dtype=torch.bool)
-    for month in range(3):
-        other = window.clone()
-        other[0, month] += 1.0
-        assert not torch.allclose(layer(other, present), layer(window, present), atol=1e-3)
-
-
-def test_a_window_is_aggregated_alone() -> None:
-    layer, window, present = aggregator(), torch.randn(6, 3, 5), torch.rand(6, 3) > 0.4
-    together = layer(window, present)
-    for row in range(6):
-        alone = layer(window[row : row + 1], present[row : row + 1])
-        torch.testing.assert_close(together[row : row + 1], alone)
-
-
-def test_absent_months_get_no_gradient_and_none_is_nan() -> None:
-    layer = aggregator()
-    window = torch.randn(4, 3, 5, requires_grad=True)
-    present = torch.tensor([[True, False, True], [False] * 3, [True] * 3, [False, True, False]])
-    layer(window, present).sum().backward()
-    assert window.grad is not None
-    assert window.grad.isfinite().all()
-    assert window.grad[~present].abs().sum() == 0
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+    return SelfAttention(5, 3)
 
 
 def attention() -> TargetAttention:
@@ -331,7 +283,7 @@ def test_no_features_at_all_are_no_columns(tiny_log: EventLog) -> None:
 Layer = Callable[[], nn.Module]
 
 
-@pytest.mark.parametrize("make", [aggregator, attention])
+@pytest.mark.parametrize("make", [self_attention, attention])
 def test_a_layer_is_the_same_under_a_seed(make: Layer) -> None:
     first, second = make().state_dict(), make().state_dict()
     assert all(torch.equal(first[name], second[name]) for name in first)

@@ -24,9 +24,10 @@ from training.actr import load_actr, train_actr
 from training.client import ServiceError, score_over_http
 from training.events import EventLog
 from training.examples import builder_for
-from training.export import export_actr, open_session, run_session
+from training.export import export_actr
 from training.fit import predict
 from training.requests import RequestMaker
+from training.scoring import open_session, run_session
 from training.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]

@@ -53,6 +53,8 @@ RECIPE = Recipe(
         catalogue_negatives=2,
         batch_size=256,
         in_batch_size=32,
+        # So few months, and the vectors still grow: that is drift.
+        max_residual=2.0,
     ),
     CpmConfig(days=7, near_negatives=1.0, catalogue_negatives=1, fit=_FIT),
     ActrConfig(days=14, calibration_days=7, fit=_FIT),

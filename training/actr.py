@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date, timedelta
 from typing import Any
 
@@ -10,9 +10,11 @@ import torch
 
 from training.config import ActrConfig, NetworkConfig
 from training.cpm import cpm_name
-from training.examples import builder_for
+from training.distributed import world
+from training.examples import Builder, Examples
 from training.fit import calibration, fit, predict
 from training.network import Network
+from training.parts import Span, parts_of_days
 from training.workspace import Workspace
 
 
@@ -50,27 +52,48 @@ def train_actr(
     seed: int,
     variant: Variant = FULL,
 ) -> str:
-    """Trains A-CTR on the `config.days` days before `asof`, keeps it, and returns its name."""
+    """Trains A-CTR on the `config.days` days before `asof`, less those held out, keeps it, and
+    returns its name."""
     log = workspace.log()
-    first, last = asof - timedelta(days=config.days), asof - timedelta(days=1)
-    builder = builder_for(workspace, log, first, last, variant.tpm)
-    examples = builder.build(log.rows("ad", first, last))
+    first, last = actr_days(asof, config)
+
+    def build(part: Span, builder: Builder) -> Examples:
+        return builder.days("ad", part.first, part.last)
+
+    parts = parts_of_days(
+        workspace, log, Span(first, last), config.fit.part_days, build, variant.tpm
+    )
     torch.manual_seed(seed)
-    model = Network(log.spec, log.encoder, network, builder.window_dim)
+    model = Network(log.spec, log.encoder, network, parts.newest.window_dim)
     cpm = _start_from_cpm(workspace, model, asof, variant) if variant.cpm else None
-    loss = fit(model, examples, config.fit, seed, variant.name(asof))
-    recent = examples.since(asof - timedelta(days=config.calibration_days))
+    warm = cpm is not None and cpm.get("start") is not None
+    passes = config.warm_passes if warm else config.fit.passes
+    loss = fit(model, parts, replace(config.fit, passes=passes), seed, variant.name(asof))
+    recent = parts.since(last - timedelta(days=config.calibration_days - 1))
     facts = {
         "from": str(first),
         "to": str(last),
         "seed": seed,
         "loss": loss,
         "offset": calibration(predict(model, recent), recent),
-        "window_dim": builder.window_dim,
+        "window_dim": model.window_dim,
         "cpm": cpm,
     }
-    workspace.save_model(variant.name(asof), model, facts)
+    world().first_only(lambda: workspace.save_model(variant.name(asof), model, facts))
     return variant.name(asof)
+
+
+def actr_days(asof: date, config: ActrConfig) -> tuple[date, date]:
+    """The first and the last day that the A-CTR of a day learns from."""
+    last = asof - timedelta(days=1 + config.holdout_days)
+    return last - timedelta(days=config.days - 1), last
+
+
+def newest_cpm(workspace: Workspace, asof: date, with_tpm: bool = True) -> date | None:
+    """The newest day, up to `asof`, that a CPM has been trained for."""
+    names = [name for name in workspace.models() if name.startswith("cpm-")]
+    days = {date.fromisoformat(name[4:14]) for name in names}
+    return max((d for d in days if d <= asof and cpm_name(d, with_tpm) in names), default=None)
 
 
 def load_actr(
@@ -88,8 +111,8 @@ def load_actr(
 def _start_from_cpm(
     workspace: Workspace, model: Network, asof: date, variant: Variant
 ) -> dict[str, Any]:
-    """Takes CPM's parameters over. Its normalisation statistics come along in the same file, but
-    `fit` replaces them: those of the natural domain are not those of ads."""
-    name = cpm_name(asof, variant.tpm)
+    """Takes the parameters of the newest CPM over. Its normalisation statistics come along in the
+    same file, but `fit` replaces them: those of the natural domain are not those of ads."""
+    name = cpm_name(newest_cpm(workspace, asof, variant.tpm) or asof, variant.tpm)
     facts = workspace.load_model(name, model, f"ecdctr train cpm --asof {asof}")
     return {"name": name, **facts}

@@ -1,7 +1,12 @@
-"""CPM, the complete pre-training model: the network of A-CTR on a month of natural data."""
+"""CPM, the complete pre-training model: the network of A-CTR on a month of natural data.
+
+It does not start from nothing, but from what A-CTR knew a month before. So what ads of earlier
+months taught is not lost, though A-CTR itself reads only one month of them.
+"""
 
 from __future__ import annotations
 
+import re
 from datetime import date, timedelta
 
 import numpy as np
@@ -9,11 +14,15 @@ import polars as pl
 import torch
 
 from training.config import CpmConfig, NetworkConfig
+from training.distributed import own_rows, world
 from training.events import EventLog
-from training.examples import builder_for
+from training.examples import Builder, Examples
 from training.fit import fit
 from training.network import Network
+from training.parts import Span, parts_of_days
 from training.workspace import Workspace
+
+_ACTR = re.compile(r"actr-\d{4}-\d\d-\d\d")
 
 
 def train_cpm(
@@ -27,14 +36,21 @@ def train_cpm(
     """Trains CPM on the `config.days` days before `asof`, keeps it, and returns its name."""
     log = workspace.log()
     first, last = asof - timedelta(days=config.days), asof - timedelta(days=1)
-    builder = builder_for(workspace, log, first, last, with_tpm)
-    examples = builder.build(cpm_rows(log, first, last, config, seed))
+
+    def build(part: Span, builder: Builder) -> Examples:
+        drawn = seed + (part.first - first).days
+        return builder.build(cpm_rows(log, part.first, part.last, config, drawn))
+
+    parts = parts_of_days(workspace, log, Span(first, last), config.fit.part_days, build, with_tpm)
     torch.manual_seed(seed)
-    model = Network(log.spec, log.encoder, network, builder.window_dim)
-    loss = fit(model, examples, config.fit, seed, "cpm")
+    model = Network(log.spec, log.encoder, network, parts.newest.window_dim)
+    start = earlier_actr(workspace, asof, config) if with_tpm else None
+    if start:
+        workspace.load_model(start, model, "ecdctr train actr")
+    loss = fit(model, parts, config.fit, seed, "cpm")
     name = cpm_name(asof, with_tpm)
-    facts = {"from": str(first), "to": str(last), "seed": seed, "loss": loss}
-    workspace.save_model(name, model, facts)
+    facts = {"from": str(first), "to": str(last), "seed": seed, "loss": loss, "start": start}
+    world().first_only(lambda: workspace.save_model(name, model, facts))
     return name
 
 
@@ -43,15 +59,22 @@ def cpm_name(asof: date, with_tpm: bool = True) -> str:
     return f"cpm-{asof}" + ("" if with_tpm else "-without-tpm")
 
 
+def earlier_actr(workspace: Workspace, asof: date, config: CpmConfig) -> str | None:
+    """The newest A-CTR that is old enough to start from; None where there is none yet."""
+    last = asof - timedelta(days=config.start_days)
+    names = [name for name in workspace.models() if _ACTR.fullmatch(name)]
+    return max((name for name in names if name <= f"actr-{last}"), default=None)
+
+
 def cpm_rows(log: EventLog, first: date, last: date, config: CpmConfig, seed: int) -> pl.DataFrame:
-    """The natural rows that CPM is trained on, in order of date.
+    """The natural rows that CPM is trained on, in order of date; of several processes, this one's.
 
     Of the log's negatives `near_negatives` per positive are kept: they come from what a store sells
     and so never show an item that nobody buys. `catalogue_negatives` per positive do; they are
     copies of the positive with an item drawn from the whole catalogue.
     """
-    rng = np.random.default_rng(seed)
-    rows = log.rows("natural", first, last)
+    rng = np.random.default_rng(seed + world().rank)
+    rows = own_rows(log, "natural", first, last)
     positive = rows.filter(pl.col("label") == 1)
     logged = rows.filter(pl.col("label") == 0)
     share = min(1.0, config.near_negatives * len(positive) / max(len(logged), 1))

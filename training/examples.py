@@ -8,9 +8,10 @@ of the history itself only the newest part, which is attended to, is kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from datetime import date, timedelta
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,17 +21,67 @@ import torch
 from torch import Tensor
 
 from bundle.encode import Value
-from bundle.spec import Entity, Feature
-from embeddings_store import Windows
+from bundle.spec import Domain, Entity, Feature
+from embeddings_store import Windows, window_months
 from embeddings_store.window import all_absent
 from training.counts import Counts
-from training.events import EventLog, Ints, days_between
+from training.distributed import own_rows, world
+from training.events import DataError, EventLog, Ints, days_between
 from training.history import Histories, Past
 from training.layers import HardMatch
 from training.workspace import WindowTable, Workspace
 
 Floats = npt.NDArray[np.float32]
 Batch = dict[str, Tensor]
+
+
+def month_before(day: date, lag_days: int = 0) -> str:
+    """The newest month that ended more than `lag_days` days before `day`: what its rows may have
+    a snapshot of."""
+    day -= timedelta(days=lag_days)
+    year, month = (day.year, day.month - 1) if day.month > 1 else (day.year - 1, 12)
+    return f"{year}-{month:02d}"
+
+
+def window_month(workspace: Workspace, day: date) -> str | None:
+    """Which window rows of `day` see, and a bundle made for that day: the newest published one
+    whose last month ended more than the workspace's lag before it. None where the log is too young
+    for any. Where it is not and there is none, the month that should be there."""
+    month = month_before(day, workspace.lag_days)
+    if published := [m for m in workspace.whole_windows() if m <= month]:
+        return published[-1]
+    return month if min(window_months(month)) >= first_month(workspace.log()) else None
+
+
+def first_month(log: EventLog) -> str:
+    """The first month that the natural domain has from its first day on."""
+    first = partitions(log, "natural")[0]
+    return f"{first if first.day == 1 else first.replace(day=28) + timedelta(days=4):%Y-%m}"
+
+
+def newest_day(log: EventLog, domain: Domain, before: date) -> date:
+    """The last day before `before` that a domain has rows of.
+
+    Raises:
+        DataError: there is none.
+    """
+    earlier = [day for day in partitions(log, domain) if day < before]
+    if not earlier:
+        raise DataError(f"{log.root}: the {domain} domain has no day before {before}")
+    return earlier[-1]
+
+
+def partitions(log: EventLog, domain: Domain) -> list[date]:
+    """The days that a domain has a partition of, in order.
+
+    Raises:
+        DataError: there are none.
+    """
+    folder = log.root / "events" / f"domain={domain}"
+    names = [path.name.removeprefix("date=") for path in folder.glob("date=*")]
+    if not names:
+        raise DataError(f"{folder}: no day at all")
+    return sorted(map(date.fromisoformat, names))
 
 
 @dataclass(frozen=True)
@@ -109,6 +160,33 @@ class Examples:
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
+class DayCache:
+    """What builders of one log share when one follows the other: histories, counts, windows, and
+    the days that were built last. The log must not change meanwhile. None of it is as of a day:
+    what a row may know is decided when it is built."""
+
+    def __init__(self, log: EventLog, until: date, size: int = 40) -> None:
+        """until: no row is dated on or after this day. size: how many built days are kept."""
+        self.log, self.until, self._size = log, until, size
+        self.histories = Histories(log, until)
+        self.user_counts, self.item_counts = Counts(log, "user"), Counts(log, "item")
+        self._windows: dict[str, WindowTable] = {}
+        self._days: dict[tuple[object, ...], Examples] = {}
+
+    def windows(self, workspace: Workspace, months: Sequence[str]) -> dict[str, WindowTable]:
+        """As `Workspace.windows`, each read once."""
+        lacking = sorted(set(months) - self._windows.keys())
+        self._windows |= workspace.windows(self.log, lacking)
+        return {month: self._windows[month] for month in months}
+
+    def day(self, key: tuple[object, ...], build: Callable[[], Examples]) -> Examples:
+        """The examples that `key` names, built unless they are among the newest `size`."""
+        self._days[key] = self._days.pop(key) if key in self._days else build()
+        for old in list(self._days)[: -self._size]:
+            del self._days[old]
+        return self._days[key]
+
+
 class Builder:
     """Builds examples from rows of the log, one day at a time."""
 
@@ -117,13 +195,24 @@ class Builder:
         log: EventLog,
         windows: Mapping[str, WindowTable],
         until: date,
+        history_days: int | None = None,
+        month_of: Callable[[date], str | None] = month_before,
+        cache: DayCache | None = None,
+        window_dim: int | None = None,
     ) -> None:
-        """windows: by month; a day uses the newest month that ended before it, and no window at
-        all where that one is absent. until: no row is dated on or after this day."""
+        """windows: by month; a day uses that of `month_of`, by default of the newest month that
+        ended before it, and no window at all where that one is absent. until: no row is dated on
+        or after this day. history_days: how far back histories reach; None is as far as the log
+        does. cache: what earlier builders of the same log left; its histories are whole.
+        window_dim: D of windows that are absent on all days; 0 where it is not known."""
         self.log = log
         self._windows = windows
-        self._histories = Histories(log, until)
-        self._user_counts, self._item_counts = Counts(log, "user"), Counts(log, "item")
+        self._month_of = month_of
+        self._cache = cache
+        self._window_dim = window_dim or 0
+        self._histories = cache.histories if cache else Histories(log, until, history_days)
+        self._user_counts = cache.user_counts if cache else Counts(log, "user")
+        self._item_counts = cache.item_counts if cache else Counts(log, "item")
         item_cat = [f.name for f in log.spec.of("item", "categorical")]
         self._columns = [item_cat.index(name) for name in log.spec.history.match]
         self._match = HardMatch(self._columns)
@@ -131,13 +220,29 @@ class Builder:
     def build(self, rows: pl.DataFrame) -> Examples:
         """Examples of all rows, in their order, which must be by date."""
         days = rows.partition_by("date", as_dict=True, maintain_order=True)
-        return _concatenate([self._day(day, frame) for (day,), frame in days.items()])
+        return concatenate([self._day(day, frame) for (day,), frame in days.items()])
+
+    def days(self, domain: Domain, first: date, last: date) -> Examples:
+        """Examples of a domain's rows dated first .. last, or of this process's share of them."""
+        rows = own_rows(self.log, domain, first, last)
+        days = rows.partition_by("date", as_dict=True, maintain_order=True)
+        return concatenate([self._kept(domain, day, frame) for (day,), frame in days.items()])
+
+    def _kept(self, domain: Domain, day: date, rows: pl.DataFrame) -> Examples:
+        if self._cache is None:
+            return self._day(day, rows)
+        key = (domain, day, self.window(day).ref, self.window_dim)
+        return self._cache.day(key, lambda: self._day(day, rows))
+
+    def window(self, day: date) -> WindowTable:
+        """The window that rows of `day` see, all of it."""
+        return self._windows.get(self._month_of(day) or "") or self._absent
 
     def _day(self, day: date, rows: pl.DataFrame) -> Examples:
         user_row = self.log.users.rows(rows["user_id"].to_numpy())
         item_row = self.log.items.rows(rows["item_id"].to_numpy())
         side_users, side = np.unique(user_row, return_inverse=True)
-        window = self._windows.get(month_before(day)) or self._absent()
+        window = self.window(day)
         item_cat = self.log.items.categorical[item_row]
         for i, feature in enumerate(self.log.spec.of("item", "categorical")):
             if feature.name in rows.columns and feature.name != "item_id":
@@ -186,7 +291,8 @@ class Builder:
     @property
     def window_dim(self) -> int:
         """D of the windows, 0 where there are none."""
-        return next((w.users.vectors.shape[2] - 1 for w in self._windows.values()), 0)
+        dims = (w.users.vectors.shape[2] - 1 for w in self._windows.values())
+        return next(dims, self._window_dim)
 
     @torch.no_grad()
     def _matched(
@@ -215,6 +321,7 @@ class Builder:
         """Encoded numeric features of all items on a day, for the bundle's item table."""
         return self._item_counts.asof(day)
 
+    @cached_property
     def _absent(self) -> WindowTable:
         users, items = len(self.log.users.ids), len(self.log.items.ids)
         dim = self.window_dim
@@ -231,17 +338,25 @@ def _newest(sides: Sides, length: int) -> Sides:
 
 
 def builder_for(
-    workspace: Workspace, log: EventLog, first: date, last: date, with_tpm: bool = True
+    workspace: Workspace,
+    log: EventLog,
+    first: date,
+    last: date,
+    with_tpm: bool = True,
+    window_dim: int | None = None,
 ) -> Builder:
-    """A builder for rows dated first .. last, with the windows that those days need."""
-    months = {month_before(day) for day in days_between(first, last)} if with_tpm else set()
-    return Builder(log, workspace.windows(log, sorted(months)), last + timedelta(days=1))
-
-
-def month_before(day: date) -> str:
-    """The newest month that ended before `day`: what its rows may have a snapshot of."""
-    year, month = (day.year, day.month - 1) if day.month > 1 else (day.year - 1, 12)
-    return f"{year}-{month:02d}"
+    """A builder for rows dated first .. last, with the windows that those days need; it shares
+    what is in the workspace's cache, where that has one. window_dim: as in `Builder`."""
+    until, cache = last + timedelta(days=1), workspace.cache
+    months = {day: window_month(workspace, day) for day in days_between(first, last) if with_tpm}
+    needed = sorted({month for month in months.values() if month})
+    if cache is None:
+        windows = world().in_turn(lambda: workspace.windows(log, needed))
+        return Builder(log, windows, until, month_of=months.get, window_dim=window_dim)
+    if until > cache.until:
+        raise ValueError(f"{last} is not before {cache.until}, which the cache of days ends with")
+    windows = cache.windows(workspace, needed)
+    return Builder(log, windows, until, None, months.get, cache, window_dim)
 
 
 def _context(log: EventLog, rows: pl.DataFrame, entity: Entity) -> npt.NDArray[np.int32]:
@@ -284,7 +399,7 @@ def _padded(columns: Sequence[npt.NDArray[Any]], length: int) -> npt.NDArray[Any
     return padded
 
 
-def _concatenate(parts: Sequence[Examples]) -> Examples:
+def concatenate(parts: Sequence[Examples]) -> Examples:
     """One after the other; equal windows are kept once."""
     tables: list[Windows] = []
     sides, shifted_side, shifted_item = 0, [], []

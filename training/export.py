@@ -7,14 +7,13 @@ import logging
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
+from dataclasses import dataclass, replace
+from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-import onnxruntime
 import torch
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from bundle.manifest import (
     VOCABULARY,
     Lineage,
     Manifest,
+    Verdict,
     Window,
     seal,
 )
@@ -40,11 +40,13 @@ from bundle.registry import Registry
 from embeddings_store import window_months
 from training.actr import load_actr
 from training.events import EventLog
-from training.examples import Builder, builder_for, month_before
+from training.examples import Builder, builder_for, newest_day
+from training.gates import Gates
 from training.layers import HardMatch
 from training.network import Network
 from training.recipes import Recipe
 from training.requests import RequestMaker
+from training.scoring import open_session, run_session
 from training.workspace import WindowTable, Workspace
 
 OPSET = 20
@@ -159,20 +161,6 @@ def graph_inputs(model: Path) -> tuple[InputTensor, ...]:
     return tuple(found)
 
 
-def open_session(model: Path) -> onnxruntime.InferenceSession:
-    """A session of the exported graph with one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
-
-
-def run_session(session: onnxruntime.InferenceSession, inputs: Arrays) -> npt.NDArray[np.float64]:
-    """Probabilities float64 [N] of one request."""
-    feed = {value.name: inputs[value.name] for value in session.get_inputs()}
-    scores: npt.NDArray[np.float64] = session.run(["score"], feed)[0].astype(np.float64)
-    return scores
-
-
 def publish_bundle(
     export: Export,
     log: EventLog,
@@ -180,13 +168,18 @@ def publish_bundle(
     window: WindowTable,
     requests: Sequence[Request],
     registry: Registry,
+    gates: Gates | None = None,
+    force: bool = False,
 ) -> str:
     """Exports, checks and publishes a bundle; returns its id.
 
-    requests: real ones, to check torch against the graph and to keep as golden requests.
+    requests: real ones, to check torch against the graph and to keep as golden requests. gates:
+    what they say is kept in the manifest; a bundle that they refuse is published too, but can't be
+    promoted unless it is made with `force`.
 
     Raises:
-        ExportError: scores of the graph differ from torch's by more than the tolerance.
+        ExportError: no gates were given, and scores of the graph differ from torch's by more than
+            the tolerance.
     """
     with registry.draft() as draft:
         shutil.copy(log.root / FEATURES, draft / FEATURES)
@@ -196,7 +189,11 @@ def publish_bundle(
         encoder = Encoder(log.spec, log.vocabulary, items)
         inputs = [_inputs(encoder, log, window, request) for request in requests]
         export_graph(export.network, export.offset, inputs[0], draft / MODEL)
-        scores = _check(export, inputs, draft / MODEL)
+        parity = _parity(export, inputs, draft / MODEL)
+        if gates is None and not parity.passed:
+            raise ExportError(f"the graph's scores differ from torch's: {parity}")
+        session = open_session(draft / MODEL)
+        scores = [run_session(session, one) for one in inputs]
         goldens = [
             Golden(request, _windows_only(one), score)
             for request, one, score in zip(requests, inputs, scores, strict=True)
@@ -212,7 +209,12 @@ def publish_bundle(
             lineage=export.lineage,
             inputs=graph_inputs(draft / MODEL),
             metrics=export.metrics,
+            forced=force,
         )
+        if gates:
+            judged = gates.judge(draft, manifest)
+            verdicts = (parity, *judged.verdicts)
+            manifest = replace(manifest, gates=verdicts, metrics=judged.metrics)
         seal(draft, manifest)
         return registry.publish(draft)
 
@@ -234,22 +236,21 @@ def _inputs(encoder: Encoder, log: EventLog, window: WindowTable, request: Reque
     }
 
 
-def _check(export: Export, inputs: Sequence[Arrays], model: Path) -> list[npt.NDArray[np.float64]]:
-    """Scores of the graph, after comparing them with torch's at several sizes."""
+def _parity(export: Export, inputs: Sequence[Arrays], model: Path) -> Verdict:
+    """Compares the graph with torch at several sizes."""
     session = open_session(model)
     served = Served(export.network, export.offset).eval()
     names = input_names(export.network)
+    worst = 0.0
     for size in _SIZES:
         one = {name: _resized(name, array, size) for name, array in inputs[0].items()}
         with torch.no_grad():
             expected = served(*(torch.from_numpy(one[name]) for name in names)).numpy()
-        worst = float(np.abs(run_session(session, one) - expected).max())
-        if not worst <= TOLERANCE:
-            raise ExportError(
-                f"with {size} candidates the graph's scores differ from torch's by {worst:.2e},"
-                f" more than {TOLERANCE:.0e}"
-            )
-    return [run_session(session, one) for one in inputs]
+        difference = float(np.abs(run_session(session, one) - expected).max())
+        # Also where it is not a number.
+        worst = difference if not difference <= worst else worst
+    sizes = f"at {', '.join(map(str, _SIZES))} candidates"
+    return Verdict("parity", worst <= TOLERANCE, worst, f"at most {TOLERANCE:.0e}", sizes)
 
 
 def _resized(name: str, array: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.generic]:
@@ -268,16 +269,22 @@ def _write_reference(path: Path, scores: npt.NDArray[np.float64]) -> None:
     path.write_text(json.dumps({"quantiles": quantiles.tolist(), "count": len(scores)}))
 
 
-def export_actr(workspace: Workspace, asof: date, recipe: Recipe) -> str:
-    """Exports the full A-CTR of a day and returns the bundle's id. Its golden requests are those
-    of the day before: of the day itself there are none yet."""
+def export_actr(
+    workspace: Workspace,
+    asof: date,
+    recipe: Recipe,
+    gates: Gates | None = None,
+    force: bool = False,
+) -> str:
+    """Exports the full A-CTR of a day and returns the bundle's id; see `publish_bundle`. Its golden
+    requests are those of the day before: of the day itself there are none yet."""
     log = workspace.log()
     actr = load_actr(workspace, asof, recipe.network)
-    yesterday = asof - timedelta(days=1)
+    yesterday = newest_day(log, "ad", asof)
     builder = builder_for(workspace, log, yesterday, asof)
-    month = month_before(asof)
-    window = workspace.windows(log, [month])[month]
+    window = builder.window(asof)
     assert window.ref is not None
+    month = window.ref.window
     cpm = actr.facts["cpm"]
     export = Export(
         network=actr.network,
@@ -298,4 +305,5 @@ def export_actr(workspace: Workspace, asof: date, recipe: Recipe) -> str:
     rows = log.full_lists([yesterday], _NUM_GOLDEN)
     kept = rows.group_by("request_id", maintain_order=True).head(_GOLDEN_CANDIDATES)
     requests = [request for request, _ in RequestMaker(log, builder, yesterday).requests(kept)]
-    return publish_bundle(export, log, builder, window, requests, workspace.registry)
+    registry = workspace.registry
+    return publish_bundle(export, log, builder, window, requests, registry, gates, force)

@@ -26,7 +26,9 @@ class Past:
 class Histories:
     """All users' behaviour up to a day, sorted by user and time."""
 
-    def __init__(self, log: EventLog, until: date) -> None:
+    def __init__(self, log: EventLog, until: date, days: int | None = None) -> None:
+        """days: how far back a history reaches; None is to the beginning of the log."""
+        self._days = days
         frame = log.behaviour(until)
         user = log.users.rows(frame["user_id"].to_numpy())
         item = log.items.rows(frame["item_id"].to_numpy())
@@ -42,6 +44,8 @@ class Histories:
         start, end = self._start[user_row], self._start[user_row + 1]
         number = int(np.datetime64(day, "D").astype(np.int64))
         end = start + np.searchsorted(self._day[start:end], number)
+        if self._days is not None:
+            start += np.searchsorted(self._day[start:end], number - self._days)
         # Reversed, the first occurrence of an item is its last time.
         items, days = self._item[start:end][::-1], self._day[start:end][::-1]
         distinct, first, count = np.unique(items, return_index=True, return_counts=True)

@@ -8,15 +8,15 @@ the same modules train on rows and serve one user with many items.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
 from bundle.encode import AGE, COUNT, Encoder
 from bundle.spec import Feature
+from training.tables import SMALL, SPARSE_ROWS, Table
 
-SPARSE_ROWS = 20_000
-"""From this many rows on, a table's optimiser only touches the rows of the batch."""
 MATCH_VALUES = 6
 """Numbers per matched level: present, log distinct items, log count, log decayed count, log recent
 items, log age."""
@@ -41,20 +41,27 @@ class FieldEmbeddings(nn.Module):
         for feature in used:
             if feature.table not in tables:
                 rows = encoder.table_size(feature)
-                table = nn.Embedding(rows, feature.dim, sparse=rows >= SPARSE_ROWS)
-                nn.init.normal_(table.weight, std=0.02)
+                table = Table(rows, feature.dim)
+                nn.init.normal_(table.weight, std=0.02 if rows < SPARSE_ROWS else SMALL)
                 tables[feature.table] = table
         # A plain list: the tables belong to the network, which has each of them once.
-        self._tables = [tables[feature.table] for feature in used]
+        self._tables: list[Table] = [tables[feature.table] for feature in used]  # type: ignore[misc]
         self.width = sum(feature.dim for feature in used)
 
     def forward(self, index_BF: Tensor) -> Tensor:
         """float32 [B, sum of dims] of indices int32 [B, F]."""
+        parts: list[Tensor] = []
         pairs = zip(self._columns, self._tables, strict=True)
-        columns = [table(index_BF[..., i]) for i, table in pairs]
-        # So that there is a result where no feature is used at all.
-        nothing = torch.zeros((*index_BF.shape[:-1], 0))
-        return torch.cat([nothing, *columns], dim=-1)
+        for block, run in groupby(pairs, lambda pair: pair[1].block if self.training else None):
+            if block is None:
+                parts += [table(index_BF[..., i]) for i, table in run]
+            else:
+                columns, tables = zip(*run, strict=True)
+                parts.append(block.rows(index_BF[..., list(columns)], tables).flatten(-2))
+        if not parts:
+            return torch.zeros((*index_BF.shape[:-1], 0), device=index_BF.device)
+        # What is alone is large: joined with nothing it would be copied twice a step.
+        return torch.cat(parts, dim=-1) if len(parts) > 1 else parts[0]
 
 
 class Standardise(nn.Module):
@@ -109,34 +116,6 @@ class Numbers(nn.Module):
         """float32 [B, 2 G] of pairs of value and presence, float32 [B, 2 G]."""
         value, present = pairs_B2G[:, 0::2], pairs_B2G[:, 1::2]
         return torch.cat([self.standardise(value) * present, 1.0 - present], dim=1)
-
-
-class Aggregator(nn.Module):
-    """Self-attention over the three monthly vectors of a window, pooled into one vector.
-
-    Each month attends to all that are present; the pooled vector is the mean over them, so an
-    entity without any month gets zeros, and a mark says so.
-    """
-
-    def __init__(self, size: int, hidden: int = 16) -> None:
-        super().__init__()
-        self.query, self.key = (
-            nn.Linear(size, hidden, bias=False),
-            nn.Linear(size, hidden, bias=False),
-        )
-        self.value = nn.Linear(size, size, bias=False)
-        self.month = nn.Parameter(torch.zeros(3))
-        nn.init.eye_(self.value.weight)
-        self._scale = hidden**-0.5
-
-    def forward(self, window_B3D: Tensor, present_B3: Tensor) -> Tensor:
-        """float32 [B, D] of a window float32 [B, 3, D] and its presence bool [B, 3]."""
-        window = torch.where(present_B3[..., None], window_B3D, 0.0)
-        scores = self.query(window) @ self.key(window).transpose(1, 2) * self._scale + self.month
-        scores = torch.where(present_B3[:, None, :], scores, -1e9)
-        mixed: Tensor = torch.softmax(scores, dim=2) @ self.value(window)
-        marks = present_B3.to(mixed.dtype)[..., None]
-        return (mixed * marks).sum(1) / marks.sum(1).clamp(min=1.0)
 
 
 def match_width(num_matched: int) -> int:

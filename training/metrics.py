@@ -7,6 +7,7 @@ sums, and counted. Ties share the average rank.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,13 +43,12 @@ class UserAucs:
     auc: Floats
     impressions: Ints
 
-    def mean(self, times: Floats | None = None) -> float:
-        """GAUC; `times` float64 [U] is how often each user was drawn, once by default."""
+    def mean(self) -> float:
+        """GAUC."""
         known = ~np.isnan(self.auc)
-        weight = self.impressions[known] * (1.0 if times is None else times[known])
-        if not weight.sum():
+        if not known.any():
             raise ValueError("no user has both positives and negatives: GAUC is not defined")
-        return float(np.average(self.auc[known], weights=weight))
+        return float(np.average(self.auc[known], weights=self.impressions[known]))
 
 
 def measure(logit: Floats, label: npt.NDArray[np.float32], user: Ints) -> Metrics:
@@ -82,6 +82,52 @@ def user_aucs(score: Floats, label: npt.NDArray[np.float32], user: Ints) -> User
     return UserAucs(np.where(pairs > 0, auc, np.nan), impressions)
 
 
+@dataclass(frozen=True)
+class PerUser:
+    """What intervals are made of: for each user the AUC float64 [U] (NaN where there is one class
+    only), the impressions [U] and the sum of log loss [U]; means over models where there are
+    several, such as seeds of one."""
+
+    auc: Floats
+    impressions: Floats
+    loss: Floats
+
+    @classmethod
+    def of(cls, logits: Sequence[Floats], label: npt.NDArray[np.float32], user: Ints) -> PerUser:
+        """logits: float64 [n] of each model, on the same rows."""
+        _, place, impressions = np.unique(user, return_inverse=True, return_counts=True)
+        aucs = [user_aucs(logit, label, user).auc for logit in logits]
+        losses = [np.bincount(place, _losses(logit, label)) for logit in logits]
+        times = impressions.astype(np.float64)
+        return cls(np.mean(aucs, axis=0), times, np.mean(losses, axis=0))
+
+    def gauc(self, times_RU: Floats) -> Floats:
+        """GAUC float64 [R] of R resamples, which say how often each user was drawn."""
+        known = ~np.isnan(self.auc)
+        weight = times_RU[:, known] * self.impressions[known]
+        # A resample may have no user with both classes; it says nothing then.
+        with np.errstate(invalid="ignore"):
+            means: Floats = weight @ self.auc[known] / weight.sum(1)
+        return means
+
+    def log_loss(self, times_RU: Floats) -> Floats:
+        means: Floats = (times_RU @ self.loss) / (times_RU @ self.impressions)
+        return means
+
+
+def resample(num_users: int, resamples: int = 1000, seed: int = 0) -> Floats:
+    """How often each user is drawn, float64 [R, U], in a bootstrap over users."""
+    share = np.full(num_users, 1 / num_users)
+    drawn = np.random.default_rng(seed).multinomial(num_users, share, resamples)
+    return drawn.astype(np.float64)
+
+
+def interval(values: Floats) -> tuple[float, float]:
+    """The 95 % interval of resampled values."""
+    low, high = np.nanpercentile(values, [2.5, 97.5])
+    return float(low), float(high)
+
+
 def gauc_interval(
     scores: Floats,
     other: Floats | None,
@@ -92,13 +138,16 @@ def gauc_interval(
 ) -> tuple[float, float]:
     """95 % interval of GAUC by bootstrap over users; of the difference to `other` where given
     (paired: both are measured on the same users)."""
-    first = user_aucs(scores, label, user)
-    second = None if other is None else user_aucs(other, label, user)
-    rng = np.random.default_rng(seed)
-    values = []
-    for _ in range(resamples):
-        times = rng.multinomial(len(first.auc), np.full(len(first.auc), 1 / len(first.auc)))
-        value = first.mean(times.astype(np.float64))
-        values.append(value - second.mean(times.astype(np.float64)) if second else value)
-    low, high = np.percentile(values, [2.5, 97.5])
-    return float(low), float(high)
+    own = PerUser.of([scores], label, user)
+    times = resample(len(own.impressions), resamples, seed)
+    values = own.gauc(times)
+    if other is not None:
+        values = values - PerUser.of([other], label, user).gauc(times)
+    return interval(values)
+
+
+def _losses(logit: Floats, label: npt.NDArray[np.float32]) -> Floats:
+    """Minus log likelihood of each row; softplus, so that no probability is rounded to 0 or 1."""
+    signed = np.where(label > 0, -logit, logit)
+    losses: Floats = np.logaddexp(0.0, signed)
+    return losses

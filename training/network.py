@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from bundle.encode import Encoder
 from bundle.spec import Spec
+from training.aggregators import AGGREGATORS
 from training.config import NetworkConfig
 from training.examples import Batch
 from training.layers import (
-    Aggregator,
     FieldEmbeddings,
     Numbers,
     SplitLinear,
@@ -60,8 +60,9 @@ class Network(nn.Module):
         item = self.item_fields.width + self.item_numbers.width
         item += self.match_numbers.width + self.attention.width
         if window_dim:
-            self.user_window = Aggregator(window_dim + 1)
-            self.item_window = Aggregator(window_dim + 1)
+            aggregator, months = AGGREGATORS[config.aggregator], config.window_months
+            self.user_window = aggregator(window_dim + 1, months)
+            self.item_window = aggregator(window_dim + 1, months)
             self.window_numbers = Standardise(WINDOW_FACTS)
             item += WINDOW_FACTS
         self.left = SplitLinear(user, item, config.interaction)
@@ -123,8 +124,8 @@ class Network(nn.Module):
         user = self.user_window(x["user_window"], x["user_window_present"])
         item = self.item_window(items, x["item_window_present"])
         dot = (user[:, :size] * item[:, :size]).sum(1, keepdim=True)
-        first, last = x["item_window_present"][:, :1], x["item_window_present"][:, 2:]
-        moved = torch.where(first & last, items[:, 0, size:] - items[:, 2, size:], 0.0)
+        first, last = x["item_window_present"][:, :1], x["item_window_present"][:, -1:]
+        moved = torch.where(first & last, items[:, 0, size:] - items[:, -1, size:], 0.0)
         user_known = x["user_window_present"].any(1, keepdim=True).to(item.dtype)
         item_known = x["item_window_present"].any(1, keepdim=True).to(item.dtype)
         of_user = torch.cat([user[:, size:], user_known], dim=1).expand(item.shape[0], 2)

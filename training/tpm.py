@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from calendar import monthrange
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import date, timedelta
 
 import numpy as np
@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy
 
 from bundle.ids import Keys
-from embeddings_store import Entity, Snapshot
+from embeddings_store import ENTITIES, Entity, Snapshot, read_snapshot
 from training.config import TpmConfig
+from training.distributed import device, own_rows, world
+from training.drift import measure_drift, rotation
 from training.events import Entities, EventLog, Ints
 from training.parallel import progress
 from training.workspace import Workspace, WorkspaceError
@@ -44,7 +46,8 @@ class Tower(nn.Module):
     def __init__(self, index: npt.NDArray[np.int32], dim: int) -> None:
         """index: int32 [n, F], each entity's basic features as rows of F tables."""
         super().__init__()
-        self.index = torch.from_numpy(index)
+        self.index: Tensor
+        self.register_buffer("index", torch.from_numpy(index), persistent=False)
         tables = [nn.Embedding(int(column.max()) + 1, dim + 1) for column in index.T]
         for table in tables:
             nn.init.normal_(table.weight, std=0.05)
@@ -80,6 +83,13 @@ class Tpm(nn.Module):
         return dot + item_BSD[..., size] + user_BD[:, size:] + self.bias, user_BD, item_BSD
 
     @torch.no_grad()
+    def turn(self, rotation_DD: Tensor) -> None:
+        """Turns all vectors by an orthogonal matrix float32 [D, D]; every dot product stays."""
+        for table in (*self.users.tables, *self.items.tables):
+            vectors = table.weight[:, : self.config.dim]
+            vectors.copy_(vectors @ rotation_DD)
+
+    @torch.no_grad()
     def snapshot(self, log: EventLog, month: str) -> dict[Entity, Snapshot]:
         """What a month leaves behind, by entity: the users it has seen so far, and all items, for
         an item's attributes speak for it."""
@@ -95,27 +105,60 @@ def train_through(
 ) -> list[str]:
     """Trains the snapshots of the `num_months` months up to `last_month` that are not there yet,
     each from the one before it, and returns their names. The first of all starts from nothing, on
-    `config.history_months` months."""
+    `config.history_months` months; with another alignment than "warm_start" all do.
+
+    A snapshot that has moved too far from the one before it is held back, and no later month is
+    trained until it is released or removed: see `Workspace.held`."""
     log = workspace.log()
     trained = []
     for month in months_until(last_month, num_months):
+        if any(month >= held for held in workspace.held()):
+            break
         if month in workspace.months():
             continue
         _refuse_gap(workspace, month)
-        torch.manual_seed(seed)
-        model = Tpm(log, config)
-        before = months_until(month, 2)[0]
-        first = month
-        if before in workspace.months():
-            workspace.load_model(f"tpm-{before}", model, f"ecdctr train tpm --through {before}")
-        else:
-            first = months_until(month, config.history_months)[0]
-        loss = train_tpm(model, log, _first_day(first), _last_day(month), seed)
-        facts = {"first": first, "last": month, "seed": seed, "loss": loss}
-        workspace.save_model(f"tpm-{month}", model, facts)
-        workspace.write_snapshots(model.snapshot(log, month))
-        trained.append(month)
+        if _train_month(workspace, log, month, config, seed):
+            trained.append(month)
     return trained
+
+
+def _train_month(
+    workspace: Workspace, log: EventLog, month: str, config: TpmConfig, seed: int
+) -> bool:
+    """Whether the month's snapshots may be served; they are held back otherwise."""
+    torch.manual_seed(seed)
+    model = Tpm(log, config)
+    before, first = months_until(month, 2)[0], month
+    previous = _snapshots(workspace, before)
+    if previous and config.alignment == "warm_start":
+        workspace.load_model(f"tpm-{before}", model, f"ecdctr train tpm --through {before}")
+    else:
+        first = months_until(month, config.history_months)[0]
+    loss = train_tpm(model, log, _first_day(first), _last_day(month), seed)
+    if previous and config.alignment == "procrustes":
+        model.turn(torch.from_numpy(rotation(previous, model.snapshot(log, month))))
+    snapshots = model.snapshot(log, month)
+    drifts = [measure_drift(entity, previous[entity], snapshots[entity]) for entity in previous]
+    facts = {"first": first, "last": month, "seed": seed, "loss": loss}
+    facts["drift"] = [asdict(drift) for drift in drifts]
+    reasons = [reason for drift in drifts for reason in drift.reasons(config)]
+
+    def keep() -> None:
+        workspace.save_model(f"tpm-{month}", model, facts)
+        if reasons:
+            workspace.hold(month, snapshots, reasons)
+        else:
+            workspace.write_snapshots(snapshots)
+
+    world().first_only(keep)
+    return not reasons
+
+
+def _snapshots(workspace: Workspace, month: str) -> dict[Entity, Snapshot]:
+    """By entity; empty where the month has none."""
+    if month not in workspace.months():
+        return {}
+    return {entity: read_snapshot(workspace.root, entity, month) for entity in ENTITIES}
 
 
 def _refuse_gap(workspace: Workspace, month: str) -> None:
@@ -136,36 +179,55 @@ def months_until(month: str, num: int) -> list[str]:
 
 def train_tpm(model: Tpm, log: EventLog, first: date, last: date, seed: int) -> float:
     """Continues `model` on the natural data of first .. last, month by month, and returns the mean
-    loss of the last tenth of the steps."""
-    rng = np.random.default_rng(seed)
-    torch.manual_seed(seed)
+    loss of the last tenth of the steps. One month is in memory at a time. Of several processes
+    each has its own days of a month, and all end with the same model."""
+    team = world()
+    rng = np.random.default_rng(seed + team.rank)
+    torch.manual_seed(seed + team.rank)
+    model.to(device())
     optimizer = torch.optim.Adam(
         model.parameters(), lr=model.config.learning_rate, betas=(0.9, 0.99), fused=True
     )
-    losses = []
+    losses: list[Tensor] = []
     months = list(_months(first, last)) * model.config.passes
-    for month_first, month_last in progress(months, f"tpm {last:%Y-%m}", unit="month"):
-        groups = _groups(log, month_first, month_last, rng, model.config)
-        log_share = _log_share(groups.item[:, 0], len(log.items.ids))
-        model.seen[torch.from_numpy(groups.user)] = True
-        order = rng.permutation(len(groups.user))
-        for start in range(0, len(order), model.config.batch_size):
-            rows = order[start : start + model.config.batch_size]
-            loss, click = _loss(model, groups, rows, log_share)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
-            losses.append(click.detach())
-    return float(torch.stack(losses[-max(len(losses) // 10, 1) :]).mean())
+    for month in progress(months, f"tpm {last:%Y-%m}", unit="month"):
+        losses += _learn(model, optimizer, log, *month, rng)
+    model.cpu()
+    team.verify(model, f"tpm {last:%Y-%m}")
+    return team.sum(float(torch.stack(losses[-max(len(losses) // 10, 1) :]).mean())) / team.size
+
+
+def _learn(
+    model: Tpm,
+    optimizer: torch.optim.Optimizer,
+    log: EventLog,
+    first: date,
+    last: date,
+    rng: np.random.Generator,
+) -> list[Tensor]:
+    """One pass over a month; the click loss of every step."""
+    team, losses = world(), []
+    groups = _groups(log, first, last, rng, model.config)
+    log_share = _log_share(groups.item[:, 0], len(log.items.ids)).to(model.seen.device)
+    model.seen[torch.from_numpy(groups.user)] = True
+    team.any(model.seen)
+    for rows in team.batches(rng.permutation(len(groups.user)), model.config.batch_size):
+        loss, click = _loss(model, groups, rows, log_share)
+        optimizer.zero_grad(set_to_none=True)
+        (loss * team.share(len(rows))).backward()  # type: ignore[no-untyped-call]
+        team.add(p.grad for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+        losses.append(click.detach())
+    return losses
 
 
 def _loss(model: Tpm, groups: Groups, rows: Ints, log_share: Tensor) -> tuple[Tensor, Tensor]:
-    config = model.config
-    item = torch.from_numpy(groups.item[rows])
-    logit, user_BD, item_BSD = model(torch.from_numpy(groups.user[rows]), item)
+    config, to = model.config, model.seen.device
+    item = torch.from_numpy(groups.item[rows]).to(to)
+    logit, user_BD, item_BSD = model(torch.from_numpy(groups.user[rows]).to(to), item)
     label = torch.zeros_like(logit)
     label[:, 0] = 1.0
-    weight = torch.from_numpy(groups.weight[rows])
+    weight = torch.from_numpy(groups.weight[rows]).to(to)
     click = binary_cross_entropy_with_logits(logit, label, weight)
     num = len(rows) // config.in_batch_size
     if not config.in_batch or not num:
@@ -186,16 +248,17 @@ def _in_batch(
     ids = item[:taken].view(num, size)
     logit = users @ items[..., :dim].transpose(1, 2)
     logit = logit + (items[..., dim] - log_share[ids]).unsqueeze(1)
-    same = (ids[:, :, None] == ids[:, None, :]) & ~torch.eye(size, dtype=torch.bool)
+    own = torch.eye(size, dtype=torch.bool, device=ids.device)
+    same = (ids[:, :, None] == ids[:, None, :]) & ~own
     logit = logit.masked_fill(same, -1e4)
-    return cross_entropy(logit.reshape(-1, size), torch.arange(size).repeat(num))
+    return cross_entropy(logit.reshape(-1, size), torch.arange(size, device=ids.device).repeat(num))
 
 
 def _groups(
     log: EventLog, first: date, last: date, rng: np.random.Generator, config: TpmConfig
 ) -> Groups:
     """A month of positives, each with negatives of its own request and of the whole catalogue."""
-    rows = log.rows("natural", first, last)
+    rows = own_rows(log, "natural", first, last)
     user = log.users.rows(rows["user_id"].to_numpy())
     item = log.items.rows(rows["item_id"].to_numpy())
     request, positive = rows["request_id"].to_numpy(), rows["label"].to_numpy() == 1

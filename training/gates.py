@@ -1,0 +1,201 @@
+"""What stands between a trained bundle and its promotion.
+
+The candidate and the live bundle score the same requests of a day that neither has learned from,
+exactly as they would be served: by their own encoder, graph and window. An item table counts up to
+the day that its bundle was made for; where that is after the held-out day, a table as of that day
+stands in for it, since otherwise the counts would tell what was clicked.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import polars as pl
+from scipy.special import logit
+
+from bundle.encode import Encoder
+from bundle.items import ItemTable
+from bundle.manifest import FEATURES, ITEMS, MODEL, VOCABULARY, Manifest, Verdict, read_manifest
+from bundle.spec import read_spec
+from embeddings_store import StoreError, WindowRef
+from training.config import GatesConfig
+from training.events import Ints
+from training.examples import Builder, builder_for
+from training.metrics import PerUser, interval, measure, resample
+from training.requests import RequestMaker
+from training.scoring import score_requests
+from training.workspace import Workspace
+
+Floats = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What the gates found: a verdict each, and the candidate's figures on the held-out day."""
+
+    verdicts: tuple[Verdict, ...]
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _HeldOut:
+    """Rows of the held-out day: label float32 [n] and user int64 [n], and the logits float64 [n] of
+    the candidate, and of the live bundle where there is one that scores them."""
+
+    label: npt.NDArray[np.float32]
+    user: Ints
+    candidate: Floats
+    live: Floats | None
+
+
+class Gates:
+    """Judges candidates by one held-out day."""
+
+    def __init__(
+        self, workspace: Workspace, day: date, config: GatesConfig, live: Path | None
+    ) -> None:
+        """day: held out of what both the candidate and the bundle in the folder `live` learned."""
+        self._workspace, self._day, self._config, self._live = workspace, day, config, live
+
+    def judge(self, draft: Path, manifest: Manifest) -> Judged:
+        """Judges the bundle-to-be in `draft`, whose manifest is not sealed yet."""
+        verdicts = [self._window(manifest), self._signature(manifest)]
+        if not verdicts[0].passed:
+            return Judged(tuple(verdicts), {})
+        held_out = self._held_out(draft, manifest)
+        finite = _finite(held_out.candidate)
+        verdicts.append(finite)
+        if not finite.passed:
+            return Judged(tuple(verdicts), {})
+        verdicts += [_spread(held_out.candidate, self._config), *self._quality(held_out)]
+        return Judged(tuple(verdicts), _figures(held_out))
+
+    def _window(self, manifest: Manifest) -> Verdict:
+        window = manifest.window
+        ref, detail = WindowRef(window.month, window.build), ""
+        try:
+            self._workspace.store.check(ref)
+            if (packed := self._workspace.pack(window.month).ref) != ref:
+                detail = f"the snapshots now give build {packed.build}"
+        except (StoreError, ValueError) as error:
+            detail = str(error)
+        return Verdict("window", not detail, None, f"{ref}, complete in the store", detail)
+
+    def _signature(self, manifest: Manifest) -> Verdict:
+        limit = "the inputs of the live bundle"
+        if self._live is None:
+            return Verdict("signature", True, None, limit, "nothing is live")
+        live = {i.name: (i.dtype, i.shape) for i in read_manifest(self._live).inputs}
+        own = {i.name: (i.dtype, i.shape) for i in manifest.inputs}
+        changed = sorted(n for n in live.keys() | own.keys() if live.get(n) != own.get(n))
+        passed = not changed or self._config.allow_signature_change
+        return Verdict(
+            "signature", passed, len(changed), limit, f"differ: {', '.join(changed) or 'none'}"
+        )
+
+    def _held_out(self, draft: Path, manifest: Manifest) -> _HeldOut:
+        workspace, day = self._workspace, self._day
+        log = workspace.log()
+        builder = builder_for(workspace, log, day, day, with_tpm=False)
+        lists = log.full_lists([day], self._config.requests)
+        pairs = list(RequestMaker(log, builder, day).requests(lists))
+        requests, rows = [r for r, _ in pairs], pl.concat([own for _, own in pairs])
+
+        def scored(folder: Path, about: Manifest) -> Floats:
+            reader = workspace.store.open_now(WindowRef(about.window.month, about.window.build))
+            encoder = self._encoder(folder, about, builder)
+            scores = score_requests(encoder, folder / MODEL, reader, requests)
+            # The graph's own bounds: a probability of 1 has no logit.
+            return np.clip(logit(np.concatenate(scores)), -60.0, 60.0)
+
+        live = self._live
+        return _HeldOut(
+            rows["label"].to_numpy().astype(np.float32),
+            log.users.rows(rows["user_id"].to_numpy()),
+            scored(draft, manifest),
+            scored(live, read_manifest(live)) if live else None,
+        )
+
+    def _encoder(self, folder: Path, manifest: Manifest, builder: Builder) -> Encoder:
+        """The bundle's encoder; its counts are as of the held-out day at most."""
+        items = ItemTable.read(folder / ITEMS)
+        if manifest.asof > str(self._day):
+            log = builder.log
+            numbers = builder.item_numbers(self._day)
+            items = ItemTable.build(log.items.keys, log.items.categorical, numbers)
+        vocabulary = json.loads((folder / VOCABULARY).read_text())
+        return Encoder(read_spec(folder / FEATURES), vocabulary, items)
+
+    def _quality(self, held_out: _HeldOut) -> Iterator[Verdict]:
+        label, config = held_out.label, self._config
+        low, high = config.pcoc_band
+        limit = f"within {low} and {high}"
+        if not label.any() or label.all():
+            yield Verdict("pcoc", True, None, limit, f"{self._day} has one class only")
+            return
+        pcoc = measure(held_out.candidate, label, held_out.user).pcoc
+        yield Verdict("pcoc", low <= pcoc <= high, pcoc, limit)
+        if held_out.live is None or not np.isfinite(held_out.live).all():
+            why = "nothing is live" if held_out.live is None else "live scores are not finite"
+            yield Verdict("gauc", True, None, "as good as the live bundle's", why)
+            yield Verdict("log_loss", True, None, "as good as the live bundle's", why)
+            return
+        yield from self._compared(held_out, held_out.live)
+
+    def _compared(self, held_out: _HeldOut, live: Floats) -> Iterator[Verdict]:
+        """Refuses what is worse by more than the tolerance, and surely so: the whole 95 % interval
+        of the paired difference (bootstrap over users) lies on the wrong side of zero. Either alone
+        would refuse by chance, for a day has a hundred positives or two."""
+        own, other = (
+            PerUser.of([logits], held_out.label, held_out.user)
+            for logits in (held_out.candidate, live)
+        )
+        times, once = resample(len(own.impressions)), np.ones((1, len(own.impressions)))
+        config, before = self._config, float(other.log_loss(once)[0])
+        higher = interval(own.log_loss(times) / other.log_loss(times) - 1.0)
+        rise = float(own.log_loss(once)[0]) / before - 1.0
+        yield Verdict(
+            "log_loss",
+            not (rise > config.log_loss_tolerance and higher[0] > 0),
+            rise,
+            f"at most {config.log_loss_tolerance:.1%} above the live bundle's",
+            f"95 % interval {higher[0]:+.2%} to {higher[1]:+.2%}",
+        )
+        if np.isnan(own.auc).all():
+            yield Verdict("gauc", True, None, "as good as the live bundle's", "no user clicked")
+            return
+        lower = interval(own.gauc(times) - other.gauc(times))
+        change = float((own.gauc(once) - other.gauc(once))[0])
+        yield Verdict(
+            "gauc",
+            not (change < -config.gauc_tolerance and lower[1] < 0),
+            change,
+            f"at most {config.gauc_tolerance} below the live bundle's",
+            f"95 % interval {lower[0]:+.4f} to {lower[1]:+.4f}",
+        )
+
+
+def _finite(logits: Floats) -> Verdict:
+    bad = int(np.count_nonzero(~np.isfinite(logits)))
+    return Verdict("finite", not bad, bad, "0 scores that are not finite", f"of {len(logits)}")
+
+
+def _spread(logits: Floats, config: GatesConfig) -> Verdict:
+    spread = float(np.std(logits))
+    limit = f"at least {config.min_spread}"
+    return Verdict("spread", spread >= config.min_spread, spread, limit)
+
+
+def _figures(held_out: _HeldOut) -> dict[str, float]:
+    """The candidate's metrics; empty where a class is missing and none is defined."""
+    per_user = PerUser.of([held_out.candidate], held_out.label, held_out.user)
+    if np.isnan(per_user.auc).all():
+        return {}
+    found = measure(held_out.candidate, held_out.label, held_out.user)
+    return {name: getattr(found, name) for name in ("gauc", "auc", "log_loss", "pcoc")}
