@@ -187,10 +187,17 @@ def test_a_rate_that_positions_do_not_allow_is_refused(tmp_path: Path) -> None:
         made(tmp_path, position_bias=3.0, natural_rate=0.01, ad_rate=0.5)
 
 
+def test_a_page_that_early_items_do_not_fill_is_refused(tmp_path: Path) -> None:
+    """It would be filled with items that are not there yet."""
+    with pytest.raises(ValueError, match=r"^page_size is 20, must be at most \d+: so many items"):
+        made(tmp_path, page_size=20, cold_share=0.5, ads_only_share=0.5)
+    assert list(tmp_path.iterdir()) == []
+
+
 @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     users=st.integers(10, 40),
-    items=st.integers(20, 60),
+    items=st.integers(60, 90),
     page_size=st.integers(2, 10),
     correlation=st.floats(-1, 1),
     cold_share=st.floats(0, 0.5),

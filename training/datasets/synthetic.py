@@ -166,6 +166,7 @@ class _World:
             for num in (config.users, config.items)
         )
         self.ads_only = rng.random(config.items) < config.ads_only_share
+        self._refuse_few_items()
         self._base = {domain: self._calibrated(domain) for domain in ("natural", "ad")}
 
     def drift(self) -> None:
@@ -190,6 +191,15 @@ class _World:
         drawn = weight + self.rng.gumbel(size=(num, len(weight)))
         size = self.config.page_size
         return self.rng.permuted(np.argpartition(-drawn, size, axis=1)[:, :size], axis=1)
+
+    def _refuse_few_items(self) -> None:
+        first, size = self.config.first.toordinal(), self.config.page_size
+        known = int((~self.ads_only & (self.item_from <= first)).sum())
+        if size > known:
+            raise ValueError(
+                f"page_size is {size}, must be at most {known}: so many items does natural content"
+                " have on the first day"
+            )
 
     def _cold_from(self) -> int:
         return self.config.last.toordinal() - self.config.cold_days + 1
