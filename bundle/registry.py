@@ -78,17 +78,17 @@ class Registry:
         if not _ID.fullmatch(manifest.id):
             raise BundleError(f"{draft.name}: {manifest.id!r} can't be the id of a bundle")
         for path in [draft, *draft.rglob("*")]:
-            _sync(path)
+            sync(path)
         target = self.root / "bundles" / manifest.id
         target.parent.mkdir(exist_ok=True)
-        _sync(self.root)
+        sync(self.root)
         try:
             draft.rename(target)
         except OSError:
             if not target.is_dir():
                 raise
             verify(target)
-        _sync(target.parent)
+        sync(target.parent)
         return manifest.id
 
     def current(self) -> Current | None:
@@ -149,9 +149,9 @@ class Registry:
         changed = Current(current, previous, datetime.now(UTC).isoformat(timespec="seconds"))
         temporary = self.root / f".current-{os.getpid()}.json"
         temporary.write_text(json.dumps(asdict(changed), indent=2))
-        _sync(temporary)
+        sync(temporary)
         os.replace(temporary, self.root / "current.json")
-        _sync(self.root)
+        sync(self.root)
         return changed
 
     @contextmanager
@@ -169,7 +169,8 @@ def _checked(found: Current) -> Current:
     return found
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Brings a file, or the names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -177,4 +178,4 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["BundleError", "Current", "Registry", "RegistryError"]
+__all__ = ["BundleError", "Current", "Registry", "RegistryError", "sync"]

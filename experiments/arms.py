@@ -54,6 +54,11 @@ class Arm:
     hides: tuple[str, ...] = ()
     """Windows that are away when scoring: "user", "item"."""
 
+    @property
+    def alone(self) -> Arm:
+        """The same network without what the other tiers give."""
+        return replace(self, tpm=False, start="random")
+
     def with_network(self, **changes: object) -> Arm:
         """The same with other choices about the network; likewise below."""
         return self._changed("network", changes)

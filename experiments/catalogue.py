@@ -97,7 +97,7 @@ def tiers(size: Size) -> Experiment:
     for days in (base.recipe.actr.days, size.few_days):
         few = base.with_actr(days=days)
         arms = {
-            "A-CTR alone": replace(few, tpm=False, start="random"),
+            "A-CTR alone": few.alone,
             "CPM + A-CTR": replace(few, tpm=False),
             "TPM + A-CTR": replace(few, start="random"),
             "TPM + CPM + A-CTR": few,
@@ -164,7 +164,7 @@ def sparsity(size: Size) -> Experiment:
     cells = []
     for percent in (100, 30, 10, 3, 1):
         arm = replace(size.base, requests_share=percent / 100)
-        arms = {"A-CTR alone": replace(arm, tpm=False, start="random"), "full method": arm}
+        arms = {"A-CTR alone": arm.alone, "full method": arm}
         cells += _cells(size.split, f"{percent} %", arms, "A-CTR alone")
     question = "How does the method's lift depend on how sparse ads are?"
     return _experiment(
@@ -199,7 +199,7 @@ def domains(size: Size) -> Experiment:
     for correlation in (1.0, 0.75, 0.5, 0.25, 0.0, -0.5):
         world = replace(size.world, correlation=correlation)
         arms = {
-            "A-CTR alone": replace(size.base, tpm=False, start="random"),
+            "A-CTR alone": size.base.alone,
             "CPM + A-CTR": replace(size.base, tpm=False),
             "TPM + CPM + A-CTR": size.base,
         }
@@ -227,7 +227,7 @@ def cost(size: Size) -> Experiment:
 def continuity(size: Size) -> Experiment:
     """Claim 10."""
     long = replace(size.base.with_tpm(history_months=1), snapshots=size.log_months)
-    restarted, alone = replace(long, links=0), replace(long, tpm=False, start="random")
+    restarted, alone = replace(long, links=0), long.alone
     once = replace(long.with_actr(fit=replace(long.recipe.actr.fit, passes=1)), links=size.links)
     arms = {
         "restarted from CPM": restarted,

@@ -19,10 +19,10 @@ from torch import Tensor
 
 from experiments.arms import Arm, Split, key
 from experiments.features import data_with
-from experiments.windows import attach, hide, load_windows
+from experiments.windows import attach, hide, load_windows, months_of
 from training.cpm import cpm_rows
 from training.events import EventLog, Ints, days_between
-from training.examples import Batch, Builder, Examples, concatenate, month_before
+from training.examples import Batch, Builder, Examples, concatenate
 from training.fit import calibration, fit, predict
 from training.network import Network
 from training.tpm import train_through
@@ -160,7 +160,7 @@ class Lab:
     def _with_windows(self, arm: Arm, examples: Examples, seed: int) -> Examples:
         if not arm.tpm:
             return examples
-        log, months = self.log(arm.features), _months(examples)
+        log, months = self.log(arm.features), months_of(examples)
         size, dim = arm.recipe.network.window_months, arm.recipe.tpm.dim
         workspace = self._tpm(arm, seed)
         return attach(examples, log, load_windows(workspace, log, months, size, dim))
@@ -184,7 +184,9 @@ class Lab:
         path = self.root / kind / f"{name}.pickle"
         with locked(path):
             if not path.is_file():
-                _write(path, make())
+                made = make()
+                _write(path, made)
+                return made
         with path.open("rb") as file:
             found: _T = pickle.load(file)
         return found
@@ -205,11 +207,6 @@ def _some_requests(rows: Examples, share: float, seed: int) -> Ints:
     requests, place = np.unique(rows.request_id, return_inverse=True)
     kept = np.random.default_rng(seed).permutation(len(requests)) < round(share * len(requests))
     return np.flatnonzero(kept[place])
-
-
-def _months(examples: Examples) -> list[str]:
-    """The months whose window some row sees."""
-    return sorted({month_before(day) for day in np.unique(examples.day).tolist()})
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from experiments.results import Entry, Result, Rows, entry
 from experiments.windows import item_rows
 from training.datasets.synthetic import SyntheticConfig, best_possible, write_synthetic
 from training.examples import Examples
+from training.metrics import has_gauc
 from training.parallel import in_parallel
 
 Mask = npt.NDArray[np.bool_]
@@ -29,7 +30,7 @@ def run_experiment(
 ) -> Result:
     """Trains and scores on all cores, one job per arm, split and seed; what an interrupted run has
     finished is kept under `root`."""
-    start = time.monotonic()
+    start, splits = time.monotonic(), [cell.split for cell in experiment.cells]
     jobs = dict.fromkeys(
         (data, root, c.world, c.arm, c.split, seed)
         for seed in experiment.seeds
@@ -48,7 +49,7 @@ def run_experiment(
         command=command,
         seeds=list(experiment.seeds),
         entries=entries,
-        split=f"scored on {size.split.first} to {size.split.last}",
+        split=f"scored on {min(s.first for s in splits)} to {max(s.last for s in splits)}",
         seconds=time.monotonic() - start,
     )
 
@@ -82,7 +83,7 @@ def _entries(data: Path, root: Path, experiment: Experiment) -> Iterator[Entry]:
         test = lab.test(cell.arm, cell.split)
         for segment, kept in _segments(lab, experiment, cell, test).items():
             rows = _rows(test).take(kept)
-            if _has_gauc(rows):
+            if has_gauc(rows.label, rows.user):
                 name, baseline = f"{cell.series}{segment}", others and _of(others, kept)
                 facts = _best(lab, cell)
                 yield entry(name, cell.x, _of(own, kept), rows, baseline, **facts)
@@ -134,13 +135,6 @@ def _best(lab: Lab, cell: Cell) -> dict[str, float]:
 
 def _rows(test: Examples) -> Rows:
     return Rows(test.label, test.user_row)
-
-
-def _has_gauc(rows: Rows) -> bool:
-    """Whether some user has positives and negatives."""
-    _, place = np.unique(rows.user, return_inverse=True)
-    share = np.bincount(place, rows.label) / np.maximum(np.bincount(place), 1)
-    return bool(((share > 0) & (share < 1)).any())
 
 
 def _of(logits: list[Floats], kept: Mask) -> list[Floats]:

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from embeddings_store import Windows
 from embeddings_store.window import all_absent
 from training.events import EventLog, Ints
-from training.examples import Examples
+from training.examples import Examples, month_before
 from training.tpm import months_until
 from training.workspace import Workspace
 
@@ -48,9 +48,9 @@ def load_windows(
 def attach(examples: Examples, log: EventLog, windows: Mapping[str, Pair]) -> Examples:
     """The same examples, each row with the window of its day: by the newest month before it."""
     user, day = _sides(examples)
-    months = sorted({_before(d) for d in np.unique(examples.day).tolist()})
+    months = months_of(examples)
     place = {month: i for i, month in enumerate(months)}
-    of_side = np.array([place.get(_before(d), 0) for d in day.tolist()], np.int64)
+    of_side = np.array([place.get(month_before(d), 0) for d in day.tolist()], np.int64)
     of_row = of_side[examples.side]
     users = _stacked([windows[m].users for m in months])
     items = _stacked([windows[m].items for m in months])
@@ -62,6 +62,11 @@ def attach(examples: Examples, log: EventLog, windows: Mapping[str, Pair]) -> Ex
     )
     item_row = of_row * len(log.items.ids) + item_rows(examples, log)
     return replace(examples, sides=sides, item_windows=items, item_window_row=item_row)
+
+
+def months_of(examples: Examples) -> list[str]:
+    """The months whose window some row sees."""
+    return sorted({month_before(day) for day in np.unique(examples.day).tolist()})
 
 
 def item_rows(examples: Examples, log: EventLog) -> Ints:
@@ -105,8 +110,3 @@ def _sides(examples: Examples) -> tuple[Ints, npt.NDArray[np.datetime64]]:
     user, day = np.zeros(num, np.int64), np.zeros(num, "datetime64[D]")
     user[examples.side], day[examples.side] = examples.user_row, examples.day
     return user, day
-
-
-def _before(day: object) -> str:
-    month = np.datetime64(day, "M") - 1  # type: ignore[call-overload]
-    return str(month)

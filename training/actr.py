@@ -91,9 +91,7 @@ def actr_days(asof: date, config: ActrConfig) -> tuple[date, date]:
 
 def newest_cpm(workspace: Workspace, asof: date, with_tpm: bool = True) -> date | None:
     """The newest day, up to `asof`, that a CPM has been trained for."""
-    names = [name for name in workspace.models() if name.startswith("cpm-")]
-    days = {date.fromisoformat(name[4:14]) for name in names}
-    return max((d for d in days if d <= asof and cpm_name(d, with_tpm) in names), default=None)
+    return workspace.newest(lambda day: cpm_name(day, with_tpm), asof)
 
 
 def load_actr(

@@ -6,7 +6,6 @@ months taught is not lost, though A-CTR itself reads only one month of them.
 
 from __future__ import annotations
 
-import re
 from datetime import date, timedelta
 
 import numpy as np
@@ -21,8 +20,6 @@ from training.fit import fit
 from training.network import Network
 from training.parts import Span, parts_of_days
 from training.workspace import Workspace
-
-_ACTR = re.compile(r"actr-\d{4}-\d\d-\d\d")
 
 
 def train_cpm(
@@ -61,9 +58,8 @@ def cpm_name(asof: date, with_tpm: bool = True) -> str:
 
 def earlier_actr(workspace: Workspace, asof: date, config: CpmConfig) -> str | None:
     """The newest A-CTR that is old enough to start from; None where there is none yet."""
-    last = asof - timedelta(days=config.start_days)
-    names = [name for name in workspace.models() if _ACTR.fullmatch(name)]
-    return max((name for name in names if name <= f"actr-{last}"), default=None)
+    day = workspace.newest("actr-{}".format, asof - timedelta(days=config.start_days))
+    return f"actr-{day}" if day else None
 
 
 def cpm_rows(log: EventLog, first: date, last: date, config: CpmConfig, seed: int) -> pl.DataFrame:

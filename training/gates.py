@@ -16,8 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-import polars as pl
-from scipy.special import logit
 
 from bundle.encode import Encoder
 from bundle.items import ItemTable
@@ -27,9 +25,9 @@ from embeddings_store import StoreError, WindowRef
 from training.config import GatesConfig
 from training.events import Ints
 from training.examples import Builder, builder_for
-from training.metrics import PerUser, interval, measure, resample
+from training.metrics import PerUser, has_gauc, interval, measure, pcoc, resample
 from training.requests import RequestMaker
-from training.scoring import score_requests
+from training.scoring import logits_of, score_requests
 from training.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]
@@ -103,16 +101,12 @@ class Gates:
         workspace, day = self._workspace, self._day
         log = workspace.log()
         builder = builder_for(workspace, log, day, day, with_tpm=False)
-        lists = log.full_lists([day], self._config.requests)
-        pairs = list(RequestMaker(log, builder, day).requests(lists))
-        requests, rows = [r for r, _ in pairs], pl.concat([own for _, own in pairs])
+        requests, rows = RequestMaker(log, builder, day).whole(self._config.requests)
 
         def scored(folder: Path, about: Manifest) -> Floats:
             reader = workspace.store.open_now(WindowRef(about.window.month, about.window.build))
             encoder = self._encoder(folder, about, builder)
-            scores = score_requests(encoder, folder / MODEL, reader, requests)
-            # The graph's own bounds: a probability of 1 has no logit.
-            return np.clip(logit(np.concatenate(scores)), -60.0, 60.0)
+            return logits_of(score_requests(encoder, folder / MODEL, reader, requests))
 
         live = self._live
         return _HeldOut(
@@ -139,8 +133,8 @@ class Gates:
         if not label.any() or label.all():
             yield Verdict("pcoc", True, None, limit, f"{self._day} has one class only")
             return
-        pcoc = measure(held_out.candidate, label, held_out.user).pcoc
-        yield Verdict("pcoc", low <= pcoc <= high, pcoc, limit)
+        found = pcoc(held_out.candidate, label)
+        yield Verdict("pcoc", low <= found <= high, found, limit)
         if held_out.live is None or not np.isfinite(held_out.live).all():
             why = "nothing is live" if held_out.live is None else "live scores are not finite"
             yield Verdict("gauc", True, None, "as good as the live bundle's", why)
@@ -167,7 +161,7 @@ class Gates:
             f"at most {config.log_loss_tolerance:.1%} above the live bundle's",
             f"95 % interval {higher[0]:+.2%} to {higher[1]:+.2%}",
         )
-        if np.isnan(own.auc).all():
+        if not has_gauc(held_out.label, held_out.user):
             yield Verdict("gauc", True, None, "as good as the live bundle's", "no user clicked")
             return
         lower = interval(own.gauc(times) - other.gauc(times))
@@ -194,8 +188,7 @@ def _spread(logits: Floats, config: GatesConfig) -> Verdict:
 
 def _figures(held_out: _HeldOut) -> dict[str, float]:
     """The candidate's metrics; empty where a class is missing and none is defined."""
-    per_user = PerUser.of([held_out.candidate], held_out.label, held_out.user)
-    if np.isnan(per_user.auc).all():
+    if not has_gauc(held_out.label, held_out.user):
         return {}
     found = measure(held_out.candidate, held_out.label, held_out.user)
     return {name: getattr(found, name) for name in ("gauc", "auc", "log_loss", "pcoc")}

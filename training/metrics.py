@@ -59,12 +59,24 @@ def measure(logit: Floats, label: npt.NDArray[np.float32], user: Ints) -> Metric
         auc=float(roc_auc_score(label, logit)),
         gauc=per_user.mean(),
         log_loss=float(log_loss(label, probability)),
-        pcoc=float(probability.sum() / label.sum()),
+        pcoc=pcoc(logit, label),
         rows=len(label),
         positives=int(label.sum()),
         users=len(per_user.auc),
         one_class_users=int(np.isnan(per_user.auc).sum()),
     )
+
+
+def pcoc(logit: Floats, label: npt.NDArray[np.float32]) -> float:
+    """Sum of predicted probabilities over number of positives."""
+    return float(expit(logit).sum() / label.sum())
+
+
+def has_gauc(label: npt.NDArray[np.float32], user: Ints) -> bool:
+    """Whether some user has positives and negatives; GAUC is not defined otherwise."""
+    _, place, impressions = np.unique(user, return_inverse=True, return_counts=True)
+    positives = np.bincount(place, label)
+    return bool(((positives > 0) & (positives < impressions)).any())
 
 
 def user_aucs(score: Floats, label: npt.NDArray[np.float32], user: Ints) -> UserAucs:

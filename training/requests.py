@@ -29,6 +29,13 @@ class RequestMaker:
         for _, own in rows.group_by("request_id", maintain_order=True):
             yield self._request(own), own
 
+    def whole(self, per_day: int | None) -> tuple[list[Request], pl.DataFrame]:
+        """The day's first `per_day` requests (all: None), and all their rows in the same order."""
+        lists = self._log.full_lists([self._day], per_day)
+        pairs = list(self.requests(lists))
+        rows = [own for _, own in pairs]
+        return [request for request, _ in pairs], pl.concat(rows) if rows else lists
+
     def _request(self, own: pl.DataFrame) -> Request:
         user_id = own["user_id"][0]
         row = int(self._log.users.rows(own["user_id"].head(1).to_numpy())[0])

@@ -8,11 +8,14 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import onnxruntime
+from scipy.special import logit
 
 from bundle.encode import Arrays, Encoder, Request
 from embeddings_store.embedded import EmbeddedReader
 
 Scores = npt.NDArray[np.float64]
+_MOST = 60.0
+"""The graph's own bound of a logit: a probability of 1 has none."""
 
 
 def open_session(model: Path) -> onnxruntime.InferenceSession:
@@ -47,3 +50,8 @@ def score_requests(
         }
         scores.append(run_session(session, encoded.inputs | windows))
     return scores
+
+
+def logits_of(scores: Sequence[Scores]) -> Scores:
+    """Logits float64 [n] of the probabilities of several requests, one after the other."""
+    return np.clip(logit(np.concatenate(scores)), -_MOST, _MOST)

@@ -19,8 +19,6 @@ from typing import Any
 import httpx
 import numpy as np
 import numpy.typing as npt
-import polars as pl
-from scipy.special import logit
 
 from bundle.artifact import open_artifact
 from bundle.encode import Request
@@ -32,11 +30,11 @@ from training.config import Schedule
 from training.demo import running_service
 from training.events import Ints, days_between
 from training.examples import DayCache, builder_for, partitions
-from training.metrics import Metrics, measure
+from training.metrics import Metrics, has_gauc, measure
 from training.parallel import progress
 from training.recipes import Recipe
 from training.requests import RequestMaker
-from training.scoring import Scores, score_requests
+from training.scoring import Scores, logits_of, score_requests
 from training.update import TIERS, TolerantLog, run_update
 from training.workspace import Workspace, WorkspaceError
 
@@ -154,14 +152,12 @@ def score_day(
     """All candidates of a day's first `per_day` requests; None where it has none."""
     log = workspace.log()
     builder = builder_for(workspace, log, day, day, with_tpm=False)
-    pairs = list(RequestMaker(log, builder, day).requests(log.full_lists([day], per_day)))
-    if not pairs:
+    requests, rows = RequestMaker(log, builder, day).whole(per_day)
+    if not requests:
         return None
     artifact = open_artifact(workspace.registry.path(bundle_id), check=False)
     window = artifact.manifest.window
     reader = workspace.store.open_now(WindowRef(window.month, window.build))
-    requests = [request for request, _ in pairs]
-    rows = pl.concat([own for _, own in pairs])
     return DayScores(
         window.month,
         requests,
@@ -173,9 +169,7 @@ def score_day(
 
 def keep_scores(scored: DayScores, path: Path) -> Line:
     """Keeps a day's scores in `path` and returns what is measured on them."""
-    probability = np.concatenate(scored.scores)
-    # The graph's own bounds: a probability of 1 has no logit.
-    logits = np.clip(logit(probability), -60.0, 60.0)
+    logits = logits_of(scored.scores)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f".{path.name}")
     with draft.open("wb") as file:
@@ -187,9 +181,9 @@ def keep_scores(scored: DayScores, path: Path) -> Line:
         )
     draft.replace(path)
     line: Line = {"window": scored.window, "requests": len(scored.requests)}
-    line["expected"] = float(probability.sum())
-    if not scored.label.any():
-        return {**line, "rows": len(scored.label), "positives": 0}
+    line["expected"] = float(np.concatenate(scored.scores).sum())
+    if not has_gauc(scored.label, scored.user_row):
+        return {**line, "rows": len(scored.label), "positives": int(scored.label.sum())}
     return {**line, **asdict(measure(logits, scored.label, scored.user_row))}
 
 

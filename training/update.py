@@ -281,8 +281,9 @@ class _Update:
             manifest = self._export(force=True)
         self.outcome.bundle_id, self.outcome.refused = manifest.id, refusals(manifest)
         if not self.outcome.refused:
+            packed = self._packed(manifest)
             for one in (self.workspace.store, *([store] if store else [])):
-                one.publish(self._packed(manifest))
+                one.publish(packed)
             if self._may_go_live(manifest):
                 self.workspace.registry.promote(manifest.id)
                 self.outcome.promoted = True

@@ -5,10 +5,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
@@ -18,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from bundle.registry import Registry
+from bundle.registry import Registry, sync
 from embeddings_store import (
     EmbeddedStore,
     Entity,
@@ -35,6 +36,8 @@ from training.events import EventLog
 
 if TYPE_CHECKING:
     from training.examples import DayCache
+
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,7 @@ class Workspace:
         # What a broken-off run left.
         shutil.rmtree(target, ignore_errors=True)
         (folder / "snapshots" / month).rename(target)
-        _sync(target.parent)
+        sync(target.parent)
         shutil.rmtree(folder)
 
     def months(self) -> list[str]:
@@ -197,6 +200,12 @@ class Workspace:
         """Names of all models that are there."""
         return sorted(p.parent.name for p in (self.root / "models").glob("[!.]*/facts.json"))
 
+    def newest(self, named: Callable[[date], str], until: date) -> date | None:
+        """The newest day up to `until` that there is a model of; `named` gives a day's name."""
+        names = self.models()
+        days = {date.fromisoformat(found[0]) for name in names if (found := _DAY.search(name))}
+        return max((day for day in days if day <= until and named(day) in names), default=None)
+
     @contextmanager
     def locked(self, tier: str, wait_s: float = 0.0) -> Iterator[None]:
         """One process at a time makes what belongs to a tier; the lock dies with it.
@@ -250,12 +259,12 @@ class Workspace:
         try:
             yield draft
             for path in [*draft.iterdir(), draft]:
-                _sync(path)
+                sync(path)
             # Never a folder with half of its files: in between there is none for a moment.
             if target.exists():
                 target.rename(replaced)
             draft.rename(target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
             shutil.rmtree(replaced, ignore_errors=True)
@@ -274,11 +283,3 @@ def _lock(file: IO[str], tier: str, until: float) -> None:
                 f"{tier} is being made by {file.read() or 'another process'};"
                 " run this again when that has ended"
             ) from None
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
