@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from scipy.special import expit
 from torch import Tensor
 
@@ -141,6 +143,23 @@ def test_a_calibrated_model_is_calibrated_on_its_most_recent_days(
     logit = predict(model.network, recent) + model.offset
     times = np.where(recent.label > 0, 1.0, recent.weight)
     assert (expit(logit) * times).sum() == pytest.approx(recent.label.sum(), rel=1e-5)
+
+
+@given(
+    positives=st.integers(0, 500),
+    expected=st.floats(1.0, 500.0),
+    prior=st.floats(1.0, 200.0),
+)
+def test_a_prior_draws_the_offset_towards_none_by_as_many_positives_as_it_is(
+    examples: Examples, positives: int, expected: float, prior: float
+) -> None:
+    """Of probabilities so small that they multiply as odds do."""
+    label = np.zeros(len(examples), np.float32)
+    label[:positives] = 1
+    rows = replace(examples, label=label, weight=np.full(len(label), 1e6, np.float32))
+    times = np.where(label > 0, 1.0, 1e6).sum()
+    offset = calibration(np.full(len(label), np.log(expected / times)), rows, prior)
+    assert offset == pytest.approx(np.log((positives + prior) / (expected + prior)), abs=1e-4)
 
 
 def test_without_positives_there_is_nothing_to_calibrate_by(examples: Examples) -> None:

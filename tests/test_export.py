@@ -213,6 +213,7 @@ def publish(
 
     def run(**changes: Any) -> str:
         export = Export(
+            correction=0.0,
             network=actr.network,
             offset=actr.offset,
             asof=asof,

@@ -129,6 +129,17 @@ def test_predictions_far_from_what_is_clicked_are_refused(
     assert "gauc" not in found
 
 
+def test_what_the_held_out_day_has_corrected_is_not_judged_by_it(workspace: Workspace) -> None:
+    """Or a model whose calibration is broken would pass: the day has just mended it."""
+    folder = candidate(workspace, lambda w: w["logit.bias"].__iadd__(np.float32(0.5)))
+    gates = Gates(workspace, DAY, CONFIG, live_of(workspace))
+    before = judged_live(workspace, live_of(workspace)).metrics
+    after = gates.judge(folder, read_manifest(folder), correction=0.5).metrics
+    assert after == pytest.approx(before, rel=1e-4)
+    broken = gates.judge(folder, read_manifest(folder), correction=3.5)
+    assert failed(broken.verdicts) == {"pcoc", "log_loss"}
+
+
 def test_a_window_that_is_not_whole_in_the_store_is_refused(workspace: Workspace) -> None:
     window = read_manifest(live_of(workspace)).window
     workspace.store.remove(WindowRef(window.month, window.build))

@@ -25,7 +25,7 @@ import training.export
 import training.recipes
 from bundle.manifest import verify
 from embeddings_store import EmbeddedStore, WindowRef
-from training.actr import actr_days, train_actr
+from training.actr import actr_days, load_actr, train_actr
 from training.checks import InputError
 from training.config import GatesConfig, Schedule
 from training.events import DataError
@@ -184,22 +184,25 @@ def test_actr_starts_from_the_newest_cpm_up_to_its_day(workspace: Workspace) -> 
 def test_nothing_is_learned_of_the_held_out_day(
     workspace: Workspace, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Nor is the calibration; of the day before it both are."""
+    """But for the correction of the calibration; of the day before it weights are, too."""
     config = replace(tiny.RECIPE.actr, holdout_days=1)
-    weights = {}
+    made = {}
     for day in (None, BEGUN - ONE_DAY, BEGUN - 2 * ONE_DAY):
         if day:
             workspace.data.unlink()
             other = tiny.alter_from(tiny_data, tmp_path / f"from-{day}", day, remove=False)
             workspace.data.symlink_to(other)
         train_actr(workspace, BEGUN, tiny.RECIPE.network, config, seed=0)
-        model = torch.load(workspace.root / "models" / f"actr-{BEGUN}" / "model.pt")
-        weights[day] = (model["logit.weight"], workspace.facts(f"actr-{BEGUN}", "")["offset"])
-    same, other = weights[BEGUN - ONE_DAY], weights[BEGUN - 2 * ONE_DAY]
-    assert torch.equal(weights[None][0], same[0])
-    assert weights[None][1] == same[1]
-    assert not torch.equal(weights[None][0], other[0])
-    assert weights[None][1] != other[1]
+        made[day] = load_actr(workspace, BEGUN, tiny.RECIPE.network)
+    first, same, other = made.values()
+    weights = [actr.network.logit.weight for actr in made.values()]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+    before = [actr.offset - actr.correction for actr in made.values()]
+    assert before[0] == pytest.approx(before[1], abs=1e-9)
+    assert before[0] != pytest.approx(before[2], abs=1e-9)
+    assert 0 != first.correction != same.correction != 0
+    assert other.correction != 0
 
 
 def test_a_model_trained_by_hand_is_trained_again_with_a_day_held_out(

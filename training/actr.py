@@ -11,11 +11,13 @@ import torch
 from training.config import ActrConfig, NetworkConfig
 from training.cpm import cpm_name
 from training.distributed import world
-from training.examples import Builder, Examples
+from training.examples import Builder, Examples, builder_for
 from training.fit import calibration, fit, predict
 from training.network import Network
 from training.parts import Span, parts_of_days
 from training.workspace import Workspace
+
+_DAY = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Actr:
     network: Network
     offset: float
     """Calibration: added to the logit."""
+    correction: float
+    """What of the offset the held-out days have added."""
     facts: dict[str, Any]
 
 
@@ -52,8 +56,8 @@ def train_actr(
     seed: int,
     variant: Variant = FULL,
 ) -> str:
-    """Trains A-CTR on the `config.days` days before `asof`, less those held out, keeps it, and
-    returns its name."""
+    """Trains A-CTR on the `config.days` days before those held out, corrects its calibration by
+    these, keeps it, and returns its name."""
     log = workspace.log()
     first, last = actr_days(asof, config)
 
@@ -70,12 +74,19 @@ def train_actr(
     passes = config.warm_passes if warm else config.fit.passes
     loss = fit(model, parts, replace(config.fit, passes=passes), seed, variant.name(asof))
     recent = parts.since(last - timedelta(days=config.calibration_days - 1))
+    offset = calibration(predict(model, recent), recent)
+    correction = 0.0
+    if config.holdout_days:
+        held_out = _held_out(workspace, Span(last + _DAY, asof - _DAY), variant)
+        logit = predict(model, held_out) + offset
+        correction = calibration(logit, held_out, config.holdout_prior)
     facts = {
         "from": str(first),
         "to": str(last),
         "seed": seed,
         "loss": loss,
-        "offset": calibration(predict(model, recent), recent),
+        "offset": offset + correction,
+        "correction": correction,
         "window_dim": model.window_dim,
         "cpm": cpm,
     }
@@ -87,6 +98,12 @@ def actr_days(asof: date, config: ActrConfig) -> tuple[date, date]:
     """The first and the last day that the A-CTR of a day learns from."""
     last = asof - timedelta(days=1 + config.holdout_days)
     return last - timedelta(days=config.days - 1), last
+
+
+def _held_out(workspace: Workspace, span: Span, variant: Variant) -> Examples:
+    log = workspace.log()
+    builder = builder_for(workspace, log, span.first, span.last, variant.tpm)
+    return builder.build(log.rows("ad", span.first, span.last))
 
 
 def newest_cpm(workspace: Workspace, asof: date, with_tpm: bool = True) -> date | None:
@@ -103,7 +120,7 @@ def load_actr(
     facts = workspace.facts(variant.name(asof), command)
     model = Network(log.spec, log.encoder, network, facts["window_dim"])
     workspace.load_model(variant.name(asof), model, command)
-    return Actr(model.eval(), facts["offset"], facts)
+    return Actr(model.eval(), facts["offset"], facts["correction"], facts)
 
 
 def _start_from_cpm(

@@ -108,7 +108,10 @@ class ActrConfig:
     """Its most recent days, on which the logit's offset is set."""
     holdout_days: int = 0
     """Days just before the day it is trained for that it does not learn from: an update compares
-    it with the live bundle on them. The `days` end before them."""
+    it with the live bundle on them, and then corrects its calibration by them. The `days` end
+    before them."""
+    holdout_prior: float = 60.0
+    """As so many positives the calibration on `calibration_days` counts in that correction."""
     fit: FitConfig = FitConfig(passes=2, ranking=0.3)
     warm_passes: int = 1
     """Passes where CPM had started from an earlier A-CTR."""

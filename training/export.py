@@ -67,6 +67,8 @@ class Export:
     network: Network
     offset: float
     """Added to the logit: the calibration on the most recent days."""
+    correction: float
+    """What of it comes from the day that the gates judge by."""
     asof: date
     window: Window
     lineage: Lineage
@@ -212,7 +214,7 @@ def publish_bundle(
             forced=force,
         )
         if gates:
-            judged = gates.judge(draft, manifest)
+            judged = gates.judge(draft, manifest, export.correction)
             verdicts = (parity, *judged.verdicts)
             manifest = replace(manifest, gates=verdicts, metrics=judged.metrics)
         seal(draft, manifest)
@@ -289,6 +291,7 @@ def export_actr(
     export = Export(
         network=actr.network,
         offset=actr.offset,
+        correction=actr.correction,
         asof=asof,
         window=Window(month, window.ref.build, actr.network.window_dim),
         lineage=Lineage(

@@ -135,19 +135,22 @@ def predict(network: Network, examples: Examples) -> Floats:
     return torch.cat(chunks).double().numpy()
 
 
-def calibration(logit: Floats, examples: Examples) -> float:
+def calibration(logit: Floats, examples: Examples, prior: float = 0.0) -> float:
     """The offset that makes the predicted positives of `examples` as many as the real ones.
 
     Sampled negatives count 1 / rate. Only an offset: a slope would fit the noise of few positives.
-    Of several processes each gives rows of its own and gets the offset of all.
+    prior: so many positives more, of which just as many were predicted; they hold the offset near
+    0 where `examples` has few. Of several processes each gives rows of its own, or all the same,
+    and gets the offset of all.
     """
     team, times = world(), np.where(examples.label > 0, 1.0, examples.weight)
-    real = team.sum(float(examples.label.sum()))
+    real = team.sum(float(examples.label.sum()) + prior)
     if not real:
         return 0.0
 
     def excess(offset: float) -> float:
-        return team.sum(float((expit(logit + offset) * times).sum())) - real
+        predicted = float((expit(logit + offset) * times).sum())
+        return team.sum(predicted + prior * math.exp(offset)) - real
 
     return float(brentq(excess, -30.0, 30.0))
 

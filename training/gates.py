@@ -61,12 +61,16 @@ class Gates:
         """day: held out of what both the candidate and the bundle in the folder `live` learned."""
         self._workspace, self._day, self._config, self._live = workspace, day, config, live
 
-    def judge(self, draft: Path, manifest: Manifest) -> Judged:
-        """Judges the bundle-to-be in `draft`, whose manifest is not sealed yet."""
+    def judge(self, draft: Path, manifest: Manifest, correction: float = 0.0) -> Judged:
+        """Judges the bundle-to-be in `draft`, whose manifest is not sealed yet.
+
+        correction: what the held-out day has added to the logits; it is taken off again, so that
+            the day judges only what knows nothing of it.
+        """
         verdicts = [self._window(manifest), self._signature(manifest)]
         if not verdicts[0].passed:
             return Judged(tuple(verdicts), {})
-        held_out = self._held_out(draft, manifest)
+        held_out = self._held_out(draft, manifest, correction)
         finite = _finite(held_out.candidate)
         verdicts.append(finite)
         if not finite.passed:
@@ -97,7 +101,7 @@ class Gates:
             "signature", passed, len(changed), limit, f"differ: {', '.join(changed) or 'none'}"
         )
 
-    def _held_out(self, draft: Path, manifest: Manifest) -> _HeldOut:
+    def _held_out(self, draft: Path, manifest: Manifest, correction: float) -> _HeldOut:
         workspace, day = self._workspace, self._day
         log = workspace.log()
         builder = builder_for(workspace, log, day, day, with_tpm=False)
@@ -112,7 +116,7 @@ class Gates:
         return _HeldOut(
             rows["label"].to_numpy().astype(np.float32),
             log.users.rows(rows["user_id"].to_numpy()),
-            scored(draft, manifest),
+            scored(draft, manifest) - correction,
             scored(live, read_manifest(live)) if live else None,
         )
 
