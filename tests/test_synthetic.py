@@ -136,6 +136,24 @@ def test_tastes_drift_by_the_month_and_stand_still_without_drift(tmp_path: Path)
     assert alike(0.8) < alike(0.0) - 0.2
 
 
+def test_what_kinds_explain_they_explain_after_months_of_drift_too(tmp_path: Path) -> None:
+    """Wholly explained: users of one segment feel the same about an item, at the same hour."""
+    root = made(tmp_path, explained=1.0, drift=0.9, position_bias=0.0, first=date(2017, 7, 1))
+    last = pl.read_parquet(root / "requests.parquet").filter(pl.col("date") >= date(2017, 11, 1))
+    rows = (
+        truth(root)
+        .join(last, on="request_id")
+        .join(pl.read_parquet(root / "users.parquet"), on="user_id")
+    )
+    by = rows.group_by("segment", "item_id", "hour").agg(
+        pl.col("user_id").n_unique(),
+        spread=pl.col("true_probability").max() / pl.col("true_probability").min(),
+    )
+    shared = by.filter(pl.col("user_id") > 1)
+    assert len(shared) > 20
+    assert shared["spread"].max() == pytest.approx(1.0, abs=1e-9)
+
+
 def test_the_higher_on_the_page_the_more_clicks(root: Path) -> None:
     by = whole_pages(root).group_by("position").agg(pl.col("true_probability").mean())
     means = by.sort("position")["true_probability"].to_numpy()

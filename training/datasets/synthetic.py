@@ -141,6 +141,31 @@ def best_possible(root: Path, first: date, last: date, per_day: int | None = Non
     )
 
 
+@dataclass(frozen=True)
+class _Tastes:
+    """Tastes of some: the sum of what each one's kinds say and of a part of one's own, all of
+    which drift. kinds: float64 [..., K, D] each, of: int64 [num] each, own: float64 [..., num, D].
+    """
+
+    explained: float
+    kinds: list[Floats]
+    of: list[Ints]
+    own: Floats
+
+    def now(self) -> Floats:
+        """float64 [..., num, D]; each number has a variance of 1."""
+        shared = np.sum([k[..., o, :] for k, o in zip(self.kinds, self.of, strict=True)], axis=0)
+        shared = shared / np.sqrt(len(self.kinds))
+        tastes: Floats = np.sqrt(self.explained) * shared + np.sqrt(1 - self.explained) * self.own
+        return tastes
+
+    def drift(self, share: float, rng: np.random.Generator) -> None:
+        """A month passes."""
+        for part in (*self.kinds, self.own):
+            part *= np.sqrt(1 - share * share)
+            part += share * rng.normal(size=part.shape)
+
+
 class _World:
     """Who and what there is, and how it feels about each other in the current month."""
 
@@ -151,10 +176,10 @@ class _World:
             rng.integers(0, kinds, num)
             for kinds, num in ((4, config.users), (20, config.items), (50, config.items))
         )
-        kinds = [rng.normal(size=(num, _DIM)) for num in (4, 20, 50)]
-        of_item = (kinds[1][self.category] + kinds[2][self.brand]) / np.sqrt(2)
-        self._user = self._two(config.users, kinds[0][self.segment])
-        self._item = self._own(config.items, of_item)
+        # Two tastes of a user: for natural content, and what else there is for ads.
+        self._users = self._tastes((2, config.users), {4: self.segment})
+        self._items = self._tastes((config.items,), {20: self.category, 50: self.brand})
+        self._user, self._item = self._users.now(), self._items.now()
         # A power law: the logarithm of a rank.
         self._popularity = -np.log(
             1 + rng.permuted(np.tile(np.arange(config.items), (2, 1)), axis=1)
@@ -171,10 +196,9 @@ class _World:
 
     def drift(self) -> None:
         """A month passes."""
-        for tastes in (self._user, self._item):
-            d = self.config.drift
-            tastes *= np.sqrt(1 - d * d)
-            tastes += d * self.rng.normal(size=tastes.shape)
+        for tastes in (self._users, self._items):
+            tastes.drift(self.config.drift, self.rng)
+        self._user, self._item = self._users.now(), self._items.now()
 
     def probability(
         self, domain: Domain, user: Ints, item: Ints, position: Ints, hour: Ints
@@ -204,15 +228,11 @@ class _World:
     def _cold_from(self) -> int:
         return self.config.last.toordinal() - self.config.cold_days + 1
 
-    def _own(self, num: int, shared: Floats) -> Floats:
-        """Tastes float64 [num, D]: a part that is shared, and one of one's own."""
-        e = self.config.explained
-        tastes: Floats = np.sqrt(e) * shared + np.sqrt(1 - e) * self.rng.normal(size=(num, _DIM))
-        return tastes
-
-    def _two(self, num: int, shared: Floats) -> Floats:
-        """Tastes float64 [2, num, D]: for natural content, and what else there is for ads."""
-        return np.stack([self._own(num, shared), self.rng.normal(size=(num, _DIM))])
+    def _tastes(self, shape: tuple[int, ...], of: dict[int, Ints]) -> _Tastes:
+        """of: the kind int64 [num] of each one, by how many kinds there are."""
+        drawn = [self.rng.normal(size=(*shape[:-1], num, _DIM)) for num in of]
+        own = self.rng.normal(size=(*shape, _DIM))
+        return _Tastes(self.config.explained, drawn, list(of.values()), own)
 
     def _mixed(self, both: Floats, domain: Domain) -> Floats:
         c = self.config.correlation if domain == "ad" else 1.0
