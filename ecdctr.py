@@ -22,7 +22,17 @@ if TYPE_CHECKING:
 
     _Verbs: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
-_OF_TRAINING = ("torch", "polars", "sklearn", "tqdm", "onnx", "httpx", "scipy", "matplotlib")
+_OF_TRAINING = (
+    "torch",
+    "polars",
+    "sklearn",
+    "tqdm",
+    "onnx",
+    "httpx",
+    "scipy",
+    "matplotlib",
+    "lightgbm",
+)
 REFUSED = 3
 """Exit code of an update whose bundle may not go live."""
 

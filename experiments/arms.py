@@ -51,6 +51,8 @@ class Arm:
     """How far back histories reach; None is as far as the log does."""
     features: str = ""
     """A feature spec in `experiments.features`; empty for the data set's own."""
+    reference: str = ""
+    """One of `experiments.references`, instead of a network; it learns from the same rows."""
     hides: tuple[str, ...] = ()
     """Windows that are away when scoring: "user", "item"."""
 

@@ -8,6 +8,7 @@ from datetime import date, timedelta
 
 from experiments.arms import Arm, Split
 from experiments.features import SHORT
+from experiments.references import REFERENCES, TREES_AND_WINDOWS
 from training.config import ActrConfig, CpmConfig, FitConfig, TpmConfig
 from training.datasets.synthetic import SyntheticConfig
 from training.recipes import Recipe, complete_journey
@@ -92,21 +93,42 @@ QUICK = Size(
 
 
 def tiers(size: Size) -> Experiment:
-    """Claim 1."""
+    """Claim 1, and the reference lines."""
     base, cells = size.base, []
-    for days in (base.recipe.actr.days, size.few_days):
-        few = base.with_actr(days=days)
-        arms = {
-            "A-CTR alone": few.alone,
-            "CPM + A-CTR": replace(few, tpm=False),
-            "TPM + A-CTR": replace(few, start="random"),
-            "TPM + CPM + A-CTR": few,
-        }
-        cells += _cells(size.split, f"{days} days", arms, "A-CTR alone")
-    question = "What do TPM and CPM add to the ads model, with a month of ads and with days of it?"
+    short = replace(base, features=SHORT, history_days=30)
+    for memory, arm in {"": base, ", counts of 30": short}.items():
+        for days in (base.recipe.actr.days, size.few_days):
+            few = arm.with_actr(days=days)
+            arms = {
+                "A-CTR alone": few.alone,
+                "CPM + A-CTR": replace(few, tpm=False),
+                "TPM + A-CTR": replace(few, start="random"),
+                "TPM + CPM + A-CTR": few,
+            }
+            if days == base.recipe.actr.days:
+                arms["alone, natural and ads mixed"] = replace(few.alone, mixes=True)
+                arms |= {n: replace(few.alone, reference=n) for n in REFERENCES[:-1]}
+                arms[TREES_AND_WINDOWS] = replace(few, reference=TREES_AND_WINDOWS)
+            cells += _cells(size.split, f"{days} days{memory}", arms, "A-CTR alone")
+    question = (
+        "What do TPM and CPM add to the ads model, with a month of ads and with days of it, with a"
+        " year of counts and histories and with 30 days of them? And how good are simpler models?"
+    )
     return _experiment(
         "tiers", "A-CTR with and without TPM and CPM", question, "ads", cells, size.seeds
     )
+
+
+def alignment(size: Size) -> Experiment:
+    """How each month's vectors come to lie where those of the month before did."""
+    free = size.base.with_tpm(min_cosine=-1.0, max_residual=9.0)
+    arms = {name: free.with_tpm(alignment=name) for name in ("warm_start", "procrustes", "none")}
+    arms["without TPM"] = replace(size.base, tpm=False)
+    # A-CTR has learned with the windows before the refresh; from the first day on it sees another.
+    week = replace(size.split, last=min(size.split.last, size.split.first + timedelta(days=6)))
+    cells = _cells(week, "", arms, "warm_start")
+    question = "What does a refresh of TPM do to the week after it, by how snapshots are aligned?"
+    return _experiment("alignment", "Alignment of the snapshots", question, "", cells, size.seeds)
 
 
 def convergence(size: Size) -> Experiment:
@@ -284,6 +306,7 @@ def counts(size: Size) -> Experiment:
 
 EXPERIMENTS: dict[str, Callable[[Size], Experiment]] = {
     "tiers": tiers,
+    "alignment": alignment,
     "convergence": convergence,
     "embedding-size": embedding_size,
     "cpm-days": cpm_days,

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from experiments.arms import Arm, Split, key
 from experiments.features import data_with
+from experiments.references import fit_reference
 from experiments.windows import attach, hide, load_windows, months_of
 from training.cpm import cpm_rows
 from training.events import EventLog, Ints, days_between
@@ -59,6 +60,9 @@ class Lab:
 
         def score() -> Floats:
             test = self._with_windows(arm, self.test(arm, split), seed)
+            if arm.reference:
+                learned = self._with_windows(arm, self._ads(arm, split.asof, seed), seed)
+                return fit_reference(arm.reference, self.log(arm.features), learned, seed)(test)
             network, offset = self._actr(replace(arm, hides=()), split.asof, seed)
             return predict(network, hide(test, arm.hides)) + offset
 

@@ -15,6 +15,7 @@ from experiments.arms import Arm, Split, key
 from experiments.catalogue import EXPERIMENTS, FULL, Cell, Experiment, Size
 from experiments.features import SHORT, data_with
 from experiments.lab import Lab
+from experiments.references import REFERENCES
 from experiments.report import markdown, page
 from experiments.results import Entry, Result, Rows, entry
 from experiments.run import run_experiment
@@ -41,10 +42,13 @@ def result(lab: Lab) -> Result:
 
 
 def test_a_result_has_every_arm_at_every_point_with_intervals_and_seeds(result: Result) -> None:
+    tiers = ("A-CTR alone", "CPM + A-CTR", "TPM + A-CTR", "TPM + CPM + A-CTR")
+    lines = ("alone, natural and ads mixed", *REFERENCES)
     assert [(e.series, e.x) for e in result.entries] == [
-        (series, days)
-        for days in ("14 days", "5 days")
-        for series in ("A-CTR alone", "CPM + A-CTR", "TPM + A-CTR", "TPM + CPM + A-CTR")
+        (series, f"{days} days{memory}")
+        for memory in ("", ", counts of 30")
+        for days in (14, 5)
+        for series in (*tiers, *(lines if days == 14 else ()))
     ]
     for found in result.entries:
         assert len(found.seeds) == 2

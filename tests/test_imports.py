@@ -22,7 +22,7 @@ MAY_IMPORT = {
 }
 """Of ours, by package."""
 TRAINING_ONLY = {"torch", "polars", "pyarrow", "sklearn", "onnx", "onnxscript", "tqdm", "httpx"}
-TRAINING_ONLY |= {"matplotlib"}
+TRAINING_ONLY |= {"matplotlib", "lightgbm"}
 """Libraries that come with the extra [train], which a machine that serves does not have."""
 
 
