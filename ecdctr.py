@@ -224,6 +224,7 @@ def _update(options: argparse.Namespace) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> None:
+    from experiments.replay import replay_page
     from training.recipes import complete_journey
     from training.simulate import run_simulation, summary
 
@@ -240,7 +241,13 @@ def _simulate(options: argparse.Namespace) -> None:
         options.allow_missing_days,
         options.serve,
     )
-    print(summary(lines, out))
+    text, page = summary(lines, out), out.with_suffix(".html")
+    command = (
+        f"ecdctr simulate --from {options.first} --to {options.last} --per-day {options.per_day}"
+        f" --allow-missing-days {options.allow_missing_days}"
+    )
+    page.write_text(replay_page(lines, text, command))
+    print(f"{text}\n\n{page}")
 
 
 def _experiment(options: argparse.Namespace) -> None:

@@ -14,8 +14,8 @@ from experiments.results import Entry, Interval, Result
 
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ecdctr", "font.size": 9})
 
-_COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
-_STYLE = """
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
+STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; display: block;
@@ -38,20 +38,25 @@ def page(results: Sequence[Result]) -> str:
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width"><title>Experiments</title>'
-        f"<style>{_STYLE}</style><h1>Experiments</h1><ol>{contents}</ol>\n{body}</html>\n"
+        f"<style>{STYLE}</style><h1>Experiments</h1><ol>{contents}</ol>\n{body}</html>\n"
     )
 
 
 def _section(result: Result) -> str:
-    head, *rows = rows_of(result)
     notes = "".join(f"<p>{html.escape(note)}</p>" for note in result.notes)
     return (
         f'<h2 id="{result.name}">{html.escape(result.title)}</h2>'
         f"<p>{html.escape(result.question)}</p>{picture(result)}"
-        f"<table><thead>{_row(head, 'th')}</thead><tbody>"
-        f"{''.join(_row(row, 'td') for row in rows)}</tbody></table>{notes}"
+        f"{table(rows_of(result))}{notes}"
         f"<p>{html.escape(about(result))} <code>{html.escape(result.command)}</code></p>"
     )
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Text as an HTML table; the first row is its head."""
+    head, *body = rows
+    inside = "".join(_row(row, "td") for row in body)
+    return f"<table><thead>{_row(head, 'th')}</thead><tbody>{inside}</tbody></table>"
 
 
 def _row(cells: Sequence[str], tag: str) -> str:
@@ -121,6 +126,11 @@ def picture(result: Result) -> str:
         axis.set_title(label)
         axis.grid(alpha=0.3)
     figure.tight_layout()
+    return svg(figure)
+
+
+def svg(figure: Figure) -> str:
+    """A picture as text that can stand in a page; the same picture, the same text."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
     return text.getvalue()[text.getvalue().index("<svg") :]
@@ -137,7 +147,7 @@ def _curves(axis: Axes, result: Result, points: Sequence[str], name: str) -> Non
         place = [points.index(e.x) + 0.06 * i for e in own]
         values, errors = _values(own, name)
         axis.errorbar(
-            place, values, errors, label=series, color=_COLOURS[i % 7], marker="o", capsize=3
+            place, values, errors, label=series, color=COLOURS[i % 7], marker="o", capsize=3
         )
     axis.set_xticks(range(len(points)), points)
     axis.set_xlabel(result.x)
@@ -148,7 +158,7 @@ def _bars(axis: Axes, result: Result, points: Sequence[str], name: str) -> None:
     """One line per entry: a single point has no left and right."""
     entries = result.entries[::-1]
     values, errors = _values(entries, name)
-    axis.errorbar(values, range(len(entries)), xerr=errors, color=_COLOURS[0], fmt="o", capsize=3)
+    axis.errorbar(values, range(len(entries)), xerr=errors, color=COLOURS[0], fmt="o", capsize=3)
     axis.set_yticks(range(len(entries)), [e.series for e in entries])
 
 

@@ -10,6 +10,8 @@ import ecdctr
 from experiments.catalogue import EXPERIMENTS
 from experiments.report import markdown
 from experiments.results import Result
+from training.simulate import read_lines, weekly_pcoc
+from training.update import TIERS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "experiments.md").read_text()
@@ -38,3 +40,29 @@ def test_the_page_lists_every_experiment_and_whether_it_is_stored() -> None:
         said = "yes" if DOCS / "results" / "experiments" / f"{name}.json" in STORED else "not yet"
         (line,) = (line for line in PAGE.splitlines() if line.startswith(f"| `{name}` "))
         assert line.endswith(f"| {said} |")
+
+
+# The replay
+
+
+def test_the_page_of_the_replay_says_what_was_stored() -> None:
+    page = (DOCS / "replay.md").read_text()
+    for path in sorted((DOCS / "results").glob("replay-*.txt")):
+        assert path.read_text() in page
+
+
+def test_the_stored_table_of_the_replay_is_of_the_stored_days() -> None:
+    lines = read_lines(DOCS / "results" / "replay-2017-08-to-12.jsonl")
+    table = (DOCS / "results" / "replay-2017-08-to-12.txt").read_text()
+    scored = [line for line in lines if line.get("positives")]
+    low, high = weekly_pcoc(scored)
+    assert f"PCOC of seven days on end: {low:.3f} to {high:.3f}\n" in table
+    trained = ", ".join(f"{sum(t in e['trained'] for e in lines)} {t}" for t in TIERS)
+    refused = sum(bool(line["refused"]) for line in lines)
+    assert f"trained: {trained}; {refused} bundles refused\n" in table
+    for month in ("2017-08", "2017-12"):
+        own = [line for line in scored if line["date"].startswith(month)]
+        positives = sum(line["positives"] for line in own)
+        pcoc = sum(line["expected"] for line in own) / positives
+        (row,) = (row.split() for row in table.splitlines() if row.startswith(month))
+        assert row[4:] == [f"{pcoc:.3f}", f"{len(own)}", f"{positives:,}"]

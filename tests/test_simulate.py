@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from conftest import ROOT
 from scipy.special import logit
 
 import training.export
+from experiments.replay import replay_page
 from training import simulate
 from training.actr import load_actr
 from training.client import Answers
@@ -207,6 +209,7 @@ def test_the_summary_is_measured_on_all_days_together(replayed: Replayed) -> Non
     assert words == [
         "all",
         f"{metrics.gauc:.4f}",
+        f"{metrics.auc:.4f}",
         f"{metrics.log_loss:.6f}",
         f"{metrics.pcoc:.3f}",
         "2",
@@ -214,6 +217,29 @@ def test_the_summary_is_measured_on_all_days_together(replayed: Replayed) -> Non
     ]
     assert text[1].split()[0] == "2017-03"
     assert text[-1] == "trained: 1 tpm, 1 cpm, 2 actr; 0 bundles refused"
+
+
+def test_the_page_shows_every_day_what_was_trained_and_what_was_refused(
+    replayed: Replayed,
+) -> None:
+    lines = [{**line} for line in replayed.lines]
+    lines[1] |= {"refused": ["gauc: <.01 below"], "trained": {}}
+    text = replay_page(lines, summary(lines, replayed.out), "ecdctr simulate")
+    assert text.count("<svg") == 1
+    rows = re.findall(r"<tr>(.*?)</tr>", text)
+    assert [row.count("<td>") for row in rows] == [0, 8, 8]
+    assert "<td>tpm, cpm, actr</td>" in rows[1]
+    for line, row in zip(lines, rows[1:], strict=True):
+        for name, form in (("gauc", ".4f"), ("log_loss", ".6f"), ("pcoc", ".3f")):
+            assert f"<td>{line[name]:{form}}</td>" in row
+    assert "gauc: &lt;.01 below" in rows[2]
+    assert re.findall(r"""(?:src|href)=["'](?!#)""", text) == []
+
+
+def test_the_page_of_days_that_have_no_scores_has_no_picture() -> None:
+    line = {"date": "2017-12-25", "trained": {}, "refused": [], "notes": [], "live": None}
+    assert "<svg" not in replay_page([line], "", "")
+    assert "no day" in replay_page([], "", "")
 
 
 def test_the_summary_of_nothing_is_no_error(tmp_path: Path) -> None:

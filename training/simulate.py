@@ -71,8 +71,8 @@ def run_simulation(
     allow_missing_days: int = 0,
     serve: bool = False,
 ) -> list[Line]:
-    """Replays first .. last and returns a line per day of `out`, oldest first; days that have
-    their line already are not replayed.
+    """Replays first .. last and returns their lines of `out`, oldest first; days that have their
+    line already are not replayed.
 
     per_day: how many requests of a day are scored, None is all. serve: a service follows the
     registry, and some requests are scored by it too. A day is a line of JSON in `out`, and
@@ -103,7 +103,8 @@ def run_simulation(
             line["seconds"] = round(time.monotonic() - start, 2)
             _append(out, line)
             done.append(line)
-    return sorted(done, key=lambda line: str(line["date"]))
+    asked = [line for line in done if f"{first}" <= line["date"] <= f"{last}"]
+    return sorted(asked, key=lambda line: str(line["date"]))
 
 
 def _missing(workspace: Workspace, last: date) -> set[date]:
@@ -222,7 +223,9 @@ def _wait_for(url: str, bundle_id: str) -> None:
 def summary(lines: Sequence[Line], out: Path) -> str:
     """A table for people: by month and over all, from the scores that were kept."""
     scored = [line for line in lines if line.get("positives")]
-    text = [f"{'month':<10}{'GAUC':>8}{'log loss':>10}{'PCOC':>7}{'days':>6}{'positives':>11}"]
+    text = [
+        f"{'month':<10}{'GAUC':>8}{'AUC':>8}{'log loss':>10}{'PCOC':>7}{'days':>6}{'positives':>11}"
+    ]
     months = sorted({line["date"][:7] for line in scored})
     for name in [*months, *["all"][: len(months)]]:
         days = [line for line in scored if name in (line["date"][:7], "all")]
@@ -236,7 +239,8 @@ def summary(lines: Sequence[Line], out: Path) -> str:
 
 
 def _row(name: str, days: int, m: Metrics) -> str:
-    return f"{name:<10}{m.gauc:>8.4f}{m.log_loss:>10.6f}{m.pcoc:>7.3f}{days:>6}{m.positives:>11,}"
+    quality = f"{m.gauc:>8.4f}{m.auc:>8.4f}{m.log_loss:>10.6f}{m.pcoc:>7.3f}"
+    return f"{name:<10}{quality}{days:>6}{m.positives:>11,}"
 
 
 def _measured(lines: Sequence[Line], out: Path) -> Metrics:

@@ -1,0 +1,102 @@
+"""A replay as one page: every day's quality, what was trained for it, what was refused."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from datetime import date
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.report import COLOURS, STYLE, svg, table
+
+Line = dict[str, Any]
+_WEEK = 7
+_GOAL = (0.85, 1.15)
+"""Where the PCOC of seven days should be."""
+
+
+def replay_page(lines: Sequence[Line], summary: str, command: str) -> str:
+    """The report as one HTML document. lines: as `training.simulate` writes them, oldest first;
+    summary: its table for people."""
+    title = f"Replay of {lines[0]['date']} to {lines[-1]['date']}" if lines else "Replay of no day"
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8">'
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
+        f"<style>{STYLE}</style><h1>{title}</h1>"
+        "<p>On every day the update of that day ran, then the day's requests were scored by what"
+        " was live: by models that had learned from earlier days alone."
+        f" <code>{html.escape(command)}</code></p><pre>{html.escape(summary)}</pre>"
+        f"{_picture(lines)}{table([_HEAD, *map(_cells, lines)])}</html>\n"
+    )
+
+
+_HEAD = ["day", "trained", "GAUC", "log loss", "PCOC", "positives", "live", "refused, and notes"]
+
+
+def _cells(line: Line) -> list[str]:
+    said = [*line["refused"], *line["notes"]]
+    figures = ["", "", ""]
+    if "gauc" in line:
+        figures = [f"{line['gauc']:.4f}", f"{line['log_loss']:.6f}", f"{line['pcoc']:.3f}"]
+    positives = str(line.get("positives", ""))
+    live = line["live"] or "nothing"
+    return [line["date"], ", ".join(line["trained"]), *figures, positives, live, "; ".join(said)]
+
+
+def _picture(lines: Sequence[Line]) -> str:
+    """GAUC, log loss and PCOC by day, with the days on which the slower tiers were trained."""
+    scored = [line for line in lines if "gauc" in line]
+    if not scored:
+        return ""
+    figure = Figure(figsize=(9.5, 7.5))
+    axes = figure.subplots(3, 1, sharex=True)
+    for axis, name, label in zip(
+        axes, ("gauc", "log_loss", "pcoc"), ("GAUC", "log loss", "PCOC"), strict=True
+    ):
+        _curve(axis, scored, name)
+        axis.set_title(label)
+        axis.grid(alpha=0.3)
+        _mark(axis, lines)
+    axes[2].axhspan(*_GOAL, color=COLOURS[2], alpha=0.12)
+    axes[2].xaxis_date()
+    axes[0].legend(fontsize=8, ncols=4)
+    figure.tight_layout()
+    return svg(figure)
+
+
+def _curve(axis: Axes, scored: Sequence[Line], name: str) -> None:
+    day = [_place(line) for line in scored]
+    value = np.array([line[name] for line in scored])
+    axis.plot(day, value, ".", color=COLOURS[0], alpha=0.5, label="day")
+    if len(scored) >= _WEEK:
+        axis.plot(day[_WEEK - 1 :], _weekly(scored, name), color=COLOURS[0], label="seven days")
+
+
+def _place(line: Line) -> float:
+    """Days since 1970, as matplotlib counts dates."""
+    return float((date.fromisoformat(line["date"]) - date(1970, 1, 1)).days)
+
+
+def _weekly(scored: Sequence[Line], name: str) -> list[float]:
+    """Over seven scored days on end: PCOC of their sums, the mean of the others."""
+
+    def of(days: Sequence[Line]) -> float:
+        if name == "pcoc":
+            return float(sum(d["expected"] for d in days) / sum(d["positives"] for d in days))
+        return float(np.mean([day[name] for day in days]))
+
+    return [of(scored[end - _WEEK : end]) for end in range(_WEEK, len(scored) + 1)]
+
+
+def _mark(axis: Axes, lines: Sequence[Line]) -> None:
+    for tier, colour, style in (("tpm", COLOURS[1], "-"), ("cpm", COLOURS[5], ":")):
+        for i, line in enumerate(line for line in lines if tier in line["trained"]):
+            label = f"{tier} trained" if not i else None
+            axis.axvline(_place(line), color=colour, ls=style, lw=0.8, label=label)
+    for line in lines:
+        if line["refused"]:
+            axis.axvline(_place(line), color="red", lw=2)
