@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 import ecdctr
+from benchmarks.training import table
 from experiments.catalogue import EXPERIMENTS
 from experiments.report import markdown
 from experiments.results import Result
@@ -66,3 +68,11 @@ def test_the_stored_table_of_the_replay_is_of_the_stored_days() -> None:
         pcoc = sum(line["expected"] for line in own) / positives
         (row,) = (row.split() for row in table.splitlines() if row.startswith(month))
         assert row[4:] == [f"{pcoc:.3f}", f"{len(own)}", f"{positives:,}"]
+
+
+# The benchmark of training
+
+
+def test_the_page_of_the_training_benchmark_has_the_table_that_was_stored() -> None:
+    found = json.loads((DOCS / "results" / "bench-training.json").read_text())
+    assert table(found) in (DOCS / "benchmarks-training.md").read_text()
