@@ -105,7 +105,7 @@ def tiers(size: Size) -> Experiment:
                 "TPM + A-CTR": replace(few, start="random"),
                 "TPM + CPM + A-CTR": few,
             }
-            if days == base.recipe.actr.days:
+            if few == base:
                 arms["alone, natural and ads mixed"] = replace(few.alone, mixes=True)
                 arms |= {n: replace(few.alone, reference=n) for n in REFERENCES[:-1]}
                 arms[TREES_AND_WINDOWS] = replace(few, reference=TREES_AND_WINDOWS)

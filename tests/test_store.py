@@ -45,7 +45,8 @@ from embeddings_store import (
     window_months,
     write_snapshot,
 )
-from embeddings_store.redis import ROWS_PER_BUCKET, TRANSLATIONS, translate
+from embeddings_store.buckets import ROWS_PER_BUCKET
+from embeddings_store.redis import TRANSLATIONS, translate
 
 DIM = 4
 WINDOW = "2017-06"
