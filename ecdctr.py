@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from embeddings_store import Store, WindowRef
     from training.actr import Variant
     from training.config import Schedule
     from training.workspace import Workspace
@@ -131,14 +132,81 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
+    window = _workspace(options).pack(options.window)
+    with _opened_store(options) as store:
+        print(store.publish(window))
+
+
+def _store_windows(options: argparse.Namespace) -> None:
+    with _opened_store(options) as store:
+        needed = _needed(options)
+        for ref in store.windows():
+            print(f"{ref}  {', '.join(needed.get(ref, [])) or 'no bundle needs it'}")
+        for ref in store.unfinished():
+            print(f"{ref}  unfinished: being published or removed, or broken off")
+
+
+def _store_stats(options: argparse.Namespace) -> None:
+    with _opened_store(options) as store:
+        for ref in store.windows():
+            found = store.stats(ref)
+            entities = found.users + found.items
+            print(
+                f"{ref}  {found.users:,} users, {found.items:,} items, D = {found.dim},"
+                f" {found.dtype}: {found.stored_bytes:,} bytes,"
+                f" {found.stored_bytes / max(entities, 1):.1f} an entity"
+            )
+
+
+def _store_check(options: argparse.Namespace) -> None:
+    with _opened_store(options) as store:
+        present = store.windows()
+        for ref in present:
+            store.check(ref)
+            print(f"{ref}  whole")
+        # Without a registry there is nothing to miss.
+        needed = _needed(options) if _registry(options).is_dir() else {}
+    missing = [f"{ref} of {', '.join(needed[ref])}" for ref in needed if ref not in present]
+    if missing:
+        sys.exit(f"ecdctr: not in the store: {'; '.join(missing)}")
+
+
+def _store_gc(options: argparse.Namespace) -> None:
+    with _opened_store(options) as store:
+        # First these: what is published after that is nobody's to remove.
+        found = store.windows() + (store.unfinished() if options.unfinished else [])
+        needed = _needed(options)
+        for ref in sorted({ref for ref in found if ref not in needed}):
+            if not options.dry_run:
+                store.remove(ref)
+            print(f"{ref}  {'would be removed' if options.dry_run else 'removed'}")
+
+
+@contextmanager
+def _opened_store(options: argparse.Namespace) -> Iterator[Store]:
     from embeddings_store import open_store
 
-    workspace = _workspace(options)
-    store = open_store(options.store or str(options.workspace / "store"))
+    store = open_store(_store_url(options))
     try:
-        print(store.publish(workspace.pack(options.window)))
+        yield store
     finally:
         store.close()
+
+
+def _store_url(options: argparse.Namespace) -> str:
+    return options.store or os.environ.get("ECDCTR_STORE") or str(options.workspace / "store")
+
+
+def _needed(options: argparse.Namespace) -> dict[WindowRef, list[str]]:
+    """The windows of bundles that are served or may be, with the ids of those bundles."""
+    from bundle.registry import Registry
+    from embeddings_store import WindowRef
+
+    needed: dict[WindowRef, list[str]] = {}
+    for manifest in Registry(_registry(options)).servable():
+        ref = WindowRef(manifest.window.month, manifest.window.build)
+        needed.setdefault(ref, []).append(manifest.id)
+    return needed
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -170,7 +238,7 @@ def _serve(options: argparse.Namespace) -> None:
     registry = _registry(options)
     if not registry.is_dir():
         sys.exit(f"ecdctr: no registry at {registry}; run 'ecdctr demo' or 'ecdctr export' first")
-    store = options.store or os.environ.get("ECDCTR_STORE") or str(options.workspace / "store")
+    store = _store_url(options)
     environ = {**os.environ, "ECDCTR_REGISTRY": str(registry), "ECDCTR_STORE": store}
     serve(Settings.from_env(environ), options.host, options.port, options.workers)
 
@@ -429,6 +497,29 @@ def _add_serving(verbs: _Verbs) -> None:
     verb.add_argument("--nth", type=int, default=1, help="which one (default: %(default)s)")
     verb.add_argument("--url", default="http://127.0.0.1:8000", help="(default: %(default)s)")
     verb.add_argument("--body", type=Path, help="write the request's JSON here and send nothing")
+
+    stores = verbs.add_parser("store", help="what is in the embeddings store").add_subparsers(
+        required=True, metavar="WHAT"
+    )
+    for name, text, run in (
+        ("windows", "list windows, and which bundles need them", _store_windows),
+        ("stats", "list windows with what they hold and take", _store_stats),
+        (
+            "check",
+            "verify checksums, and that nothing is missing that a bundle needs",
+            _store_check,
+        ),
+        ("gc", "remove windows that no bundle needs which is live or may be", _store_gc),
+    ):
+        verb = _verb(stores, name, text, run)
+        _registry_option(verb)
+        _store(verb)
+    verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    verb.add_argument(
+        "--unfinished",
+        action="store_true",
+        help="also what was left half published; not while anybody publishes",
+    )
 
 
 def _verb(verbs: _Verbs, name: str, text: str, run: object) -> argparse.ArgumentParser:

@@ -58,6 +58,27 @@ class Registry:
     def read(self, bundle_id: str) -> Manifest:
         return read_manifest(self.path(bundle_id))
 
+    def servable(self) -> list[Manifest]:
+        """Bundles that are live or may be, sorted: the current one, the one before it, and those
+        that were not refused and are for the current one's day or later.
+
+        Raises:
+            RegistryError: nothing has been promoted, so nothing is known of that.
+        """
+        current = self.current()
+        if current is None:
+            raise RegistryError(
+                f"{self.root}: no bundle has been promoted; is it the right folder?"
+            )
+        manifests = {bundle_id: self.read(bundle_id) for bundle_id in self.ids()}
+        live = self.read(current.current)
+        return [
+            manifest
+            for bundle_id, manifest in manifests.items()
+            if bundle_id in (current.current, current.previous)
+            or (manifest.asof >= live.asof and not refusals(manifest))
+        ]
+
     @contextmanager
     def draft(self) -> Iterator[Path]:
         """A temporary folder on the registry's own file system, gone when the block ends."""

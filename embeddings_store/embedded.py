@@ -6,6 +6,7 @@ block.npy ([n, 3, D + 1]) and index.npy (uint32 [2^k], see `_prefix_index`). Pro
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -42,6 +43,7 @@ from embeddings_store.window import (
     WindowNotFound,
     WindowRef,
     Windows,
+    WindowStats,
     all_absent,
     check_ids,
     decode,
@@ -90,6 +92,19 @@ class EmbeddedStore:
         """Every complete window, sorted."""
         names = [path.name for path in self._folder.glob("*") if (path / "meta.json").is_file()]
         return sorted(WindowRef.parse(name) for name in names if _NAME.fullmatch(name))
+
+    def unfinished(self) -> list[WindowRef]:
+        """Windows whose publishing or removal was broken off, or is under way."""
+        names = {path.name[1:].rpartition(".")[0] for path in self._folder.glob(".*.*")}
+        return sorted(WindowRef.parse(name) for name in names if _NAME.fullmatch(name))
+
+    def stats(self, ref: WindowRef) -> WindowStats:
+        """How large a complete window is, on the disk."""
+        reader = self.open_now(ref)
+        users, items = (reader.num_rows(entity) for entity in ENTITIES)
+        meta = json.loads((self._path(ref) / "meta.json").read_text())
+        size = sum(path.stat().st_size for path in self._path(ref).rglob("*.npy"))
+        return WindowStats(users, items, reader.dim, meta["dtype"], size)
 
     def check(self, ref: WindowRef) -> None:
         """Verify all checksums; StoreCorrupt names the file that is off."""
@@ -164,6 +179,10 @@ class EmbeddedReader:
     @property
     def dim(self) -> int:
         return self._dim
+
+    def num_rows(self, entity: Entity) -> int:
+        """How many entities there are."""
+        return len(self._tables[entity].ids)
 
     def lookup_now(self, entity: Entity, ids: Ids) -> Windows:
         """As `lookup`, for blocking code: ids uint64 [n] -> `Windows` in the same order."""

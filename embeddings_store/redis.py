@@ -29,6 +29,7 @@ from redis.retry import Retry
 from embeddings_store.buckets import Buckets, Meta, Question, bucket_keys, slices
 from embeddings_store.window import (
     DEFAULT_DEADLINE_MS,
+    ENTITIES,
     Entity,
     Ids,
     PackedWindow,
@@ -44,6 +45,7 @@ from embeddings_store.window import (
     WindowNotFound,
     WindowRef,
     Windows,
+    WindowStats,
 )
 
 OPEN_DEADLINE_MS = 2000.0
@@ -135,13 +137,19 @@ class RedisStore:
         """
         return self._listed("unfinished")
 
+    def stats(self, ref: WindowRef) -> WindowStats:
+        """How large a complete window is; its bytes as the server's MEMORY USAGE has them for some
+        of its keys, and as many for the others."""
+        with self._translated():
+            meta = self._complete(ref)
+            size = sum(self._stored_bytes(meta, entity) for entity in meta.tables)
+        users, items = (meta.tables[entity].num_rows for entity in ENTITIES)
+        return WindowStats(users, items, meta.dim, meta.dtype, size)
+
     def check(self, ref: WindowRef) -> None:
         """Read all buckets and compare their checksums; StoreCorrupt when one is off."""
         with self._translated():
-            text = self._stored("windows", ref)
-            if text is None:
-                raise WindowNotFound(f"no window {ref} in {self!r}")
-            meta = Meta.from_json(text, ref)
+            meta = self._complete(ref)
             for entity, table in meta.tables.items():
                 digest = hashlib.sha256()
                 for start, stop in slices(table.num_buckets):
@@ -188,8 +196,7 @@ class RedisStore:
     def _sample(self, meta: Meta, buckets: Mapping[Entity, Buckets]) -> bool:
         """True when evenly spread buckets hold what they should."""
         for entity, table in buckets.items():
-            step = max(1, table.num_buckets // _SAMPLE)
-            picked = [*range(0, table.num_buckets, step), table.num_buckets - 1]
+            picked = _spread(table.num_buckets)
             expected = [table.slice(bucket, bucket + 1)[0] for bucket in picked]
             if self._mget(bucket_keys(self._base(meta.ref), entity, picked)) != expected:
                 return False
@@ -201,6 +208,21 @@ class RedisStore:
         pipeline.hset(self._key(target), str(meta.ref), meta.to_json())
         pipeline.hdel(self._key(source), str(meta.ref))
         pipeline.execute()
+
+    def _complete(self, ref: WindowRef) -> Meta:
+        text = self._stored("windows", ref)
+        if text is None:
+            raise WindowNotFound(f"no window {ref} in {self!r}")
+        return Meta.from_json(text, ref)
+
+    def _stored_bytes(self, meta: Meta, entity: Entity) -> int:
+        num_buckets = meta.tables[entity].num_buckets
+        picked = _spread(num_buckets)
+        pipeline = self._client.pipeline(transaction=False)
+        for key in bucket_keys(self._base(meta.ref), entity, picked):
+            pipeline.memory_usage(key, samples=0)
+        sizes = [size or 0 for size in pipeline.execute()]
+        return round(sum(sizes) / len(sizes) * num_buckets)
 
     def _stored(self, which: str, ref: WindowRef) -> bytes | None:
         return cast("bytes | None", self._client.hget(self._key(which), str(ref)))
@@ -382,6 +404,12 @@ class RedisReader:
         with contextlib.suppress(*_FOREIGN):  # the next lookup reports it
             async with asyncio.timeout(_CONNECT_TIMEOUT_S):
                 await self._connect(self._max_connections - self._num_active)
+
+
+def _spread(num_buckets: int) -> list[int]:
+    """Some buckets, evenly spread, the first and the last among them."""
+    step = max(1, num_buckets // _SAMPLE)
+    return [*range(0, num_buckets, step), num_buckets - 1]
 
 
 def _options(url: str, *, asynchronous: bool = False) -> dict[str, Any]:

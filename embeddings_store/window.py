@@ -332,6 +332,19 @@ class Reader(Protocol):
     async def close(self) -> None: ...
 
 
+@dataclass(frozen=True)
+class WindowStats:
+    """What a stored window is and takes."""
+
+    users: int
+    """Rows; `items` likewise."""
+    items: int
+    dim: int
+    dtype: str
+    stored_bytes: int
+    """In the server's memory (estimated from a sample of keys), or on the disk."""
+
+
 class Writer(Protocol):
     """Publishes and removes windows. Blocking, because jobs and the command line call it."""
 
@@ -341,6 +354,15 @@ class Writer(Protocol):
 
     def windows(self) -> list[WindowRef]:
         """Every complete window, sorted."""
+        ...
+
+    def unfinished(self) -> list[WindowRef]:
+        """Windows whose publishing or removal is under way or was broken off, sorted; `publish`
+        and `remove` complete it."""
+        ...
+
+    def stats(self, ref: WindowRef) -> WindowStats:
+        """How large a complete window is."""
         ...
 
     def check(self, ref: WindowRef) -> None:

@@ -30,6 +30,10 @@ VERBS = [
     "evaluate",
     "export",
     "publish",
+    "store windows",
+    "store stats",
+    "store check",
+    "store gc",
     "demo",
     "experiment",
     "update",
@@ -124,8 +128,9 @@ def test_these_are_all_verbs_there_are(run: Run) -> None:
     def listed(*arguments: str) -> set[str]:
         return set(re.findall(r"^    ([a-z]+)  ", run(*arguments, "--help").out, re.MULTILINE))
 
-    tiers = {f"train {tier}" for tier in listed("train")}
-    assert listed() - {"train"} | tiers == set(VERBS)
+    groups = {"train", "store"}
+    inner = {f"{group} {verb}" for group in groups for verb in listed(group)}
+    assert listed() - groups | inner == set(VERBS)
 
 
 @pytest.mark.parametrize(
