@@ -70,12 +70,11 @@ class Registry:
             raise RegistryError(
                 f"{self.root}: no bundle has been promoted; is it the right folder?"
             )
-        manifests = {bundle_id: self.read(bundle_id) for bundle_id in self.ids()}
         live = self.read(current.current)
         return [
             manifest
-            for bundle_id, manifest in manifests.items()
-            if bundle_id in (current.current, current.previous)
+            for manifest in map(self.read, self.ids())
+            if manifest.id in (current.current, current.previous)
             or (manifest.asof >= live.asof and not refusals(manifest))
         ]
 

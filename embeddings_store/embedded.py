@@ -6,7 +6,6 @@ block.npy ([n, 3, D + 1]) and index.npy (uint32 [2^k], see `_prefix_index`). Pro
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -68,6 +67,10 @@ class EmbeddedStore:
 
     def open_now(self, ref: WindowRef) -> EmbeddedReader:
         """Open one build from blocking code. Sizes and meta are verified, checksums by `check`."""
+        return EmbeddedReader(ref, *self._mapped(ref))
+
+    def _mapped(self, ref: WindowRef) -> tuple[int, dict[Entity, _Table]]:
+        """D and the tables of one build."""
         target = self._path(ref)
         with _translated():
             meta, arrays = read_directory(target)
@@ -78,7 +81,7 @@ class EmbeddedStore:
         dim = meta.get("dim")
         if not isinstance(dim, int):
             raise StoreCorrupt(f"{target}: dim is {dim!r}, should be a number")
-        return EmbeddedReader(ref, dim, _tables(target, meta, arrays))
+        return dim, _tables(target, meta, arrays)
 
     def publish(self, window: PackedWindow, *, progress: Progress | None = None) -> WindowRef:
         """Write a window unless it is there and sound; a damaged one is replaced."""
@@ -100,11 +103,10 @@ class EmbeddedStore:
 
     def stats(self, ref: WindowRef) -> WindowStats:
         """How large a complete window is, on the disk."""
-        reader = self.open_now(ref)
-        users, items = (reader.num_rows(entity) for entity in ENTITIES)
-        meta = json.loads((self._path(ref) / "meta.json").read_text())
+        dim, tables = self._mapped(ref)
+        users, items = (len(tables[entity].ids) for entity in ENTITIES)
         size = sum(path.stat().st_size for path in self._path(ref).rglob("*.npy"))
-        return WindowStats(users, items, reader.dim, meta["dtype"], size)
+        return WindowStats(users, items, dim, tables["users"].block.dtype.name, size)
 
     def check(self, ref: WindowRef) -> None:
         """Verify all checksums; StoreCorrupt names the file that is off."""
@@ -179,10 +181,6 @@ class EmbeddedReader:
     @property
     def dim(self) -> int:
         return self._dim
-
-    def num_rows(self, entity: Entity) -> int:
-        """How many entities there are."""
-        return len(self._tables[entity].ids)
 
     def lookup_now(self, entity: Entity, ids: Ids) -> Windows:
         """As `lookup`, for blocking code: ids uint64 [n] -> `Windows` in the same order."""

@@ -95,8 +95,7 @@ def _reference(
 
 def _linear(facts: Floats, rows: Examples, seed: int) -> _Logits:
     model = LogisticRegression(C=np.inf, max_iter=1000)
-    # A positive stands for itself.
-    model.fit(facts, rows.label, np.where(rows.label > 0, 1.0, rows.weight))
+    model.fit(facts, rows.label, rows.times)
 
     def logits(facts: Floats) -> Floats:
         found: Floats = model.decision_function(facts)

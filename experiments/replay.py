@@ -5,16 +5,17 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from datetime import date
-from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.report import COLOURS, STYLE, svg, table
+from experiments.report import COLOURS, document, svg, table
+from training.simulate import WEEK, Line, weekly_sums
 
-Line = dict[str, Any]
-_WEEK = 7
+_HEAD = ["day", "trained", "GAUC", "log loss", "PCOC", "positives", "live", "refused, and notes"]
+Floats = npt.NDArray[np.float64]
 _GOAL = (0.85, 1.15)
 """Where the PCOC of seven days should be."""
 
@@ -23,18 +24,13 @@ def replay_page(lines: Sequence[Line], summary: str, command: str) -> str:
     """The report as one HTML document. lines: as `training.simulate` writes them, oldest first;
     summary: its table for people."""
     title = f"Replay of {lines[0]['date']} to {lines[-1]['date']}" if lines else "Replay of no day"
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8">'
-        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
-        f"<style>{STYLE}</style><h1>{title}</h1>"
+    body = (
         "<p>On every day the update of that day ran, then the day's requests were scored by what"
         " was live: by models that had learned from earlier days alone."
         f" <code>{html.escape(command)}</code></p><pre>{html.escape(summary)}</pre>"
-        f"{_picture(lines)}{table([_HEAD, *map(_cells, lines)])}</html>\n"
+        f"{_picture(lines)}{table([_HEAD, *map(_cells, lines)])}"
     )
-
-
-_HEAD = ["day", "trained", "GAUC", "log loss", "PCOC", "positives", "live", "refused, and notes"]
+    return document(title, body)
 
 
 def _cells(line: Line) -> list[str]:
@@ -72,8 +68,8 @@ def _curve(axis: Axes, scored: Sequence[Line], name: str) -> None:
     day = [_place(line) for line in scored]
     value = np.array([line[name] for line in scored])
     axis.plot(day, value, ".", color=COLOURS[0], alpha=0.5, label="day")
-    if len(scored) >= _WEEK:
-        axis.plot(day[_WEEK - 1 :], _weekly(scored, name), color=COLOURS[0], label="seven days")
+    if len(scored) >= WEEK:
+        axis.plot(day[WEEK - 1 :], _weekly(scored, name), color=COLOURS[0], label="seven days")
 
 
 def _place(line: Line) -> float:
@@ -81,15 +77,11 @@ def _place(line: Line) -> float:
     return float((date.fromisoformat(line["date"]) - date(1970, 1, 1)).days)
 
 
-def _weekly(scored: Sequence[Line], name: str) -> list[float]:
+def _weekly(scored: Sequence[Line], name: str) -> Floats:
     """Over seven scored days on end: PCOC of their sums, the mean of the others."""
-
-    def of(days: Sequence[Line]) -> float:
-        if name == "pcoc":
-            return float(sum(d["expected"] for d in days) / sum(d["positives"] for d in days))
-        return float(np.mean([day[name] for day in days]))
-
-    return [of(scored[end - _WEEK : end]) for end in range(_WEEK, len(scored) + 1)]
+    if name == "pcoc":
+        return weekly_sums(scored, "expected") / weekly_sums(scored, "positives")
+    return weekly_sums(scored, name) / WEEK
 
 
 def _mark(axis: Axes, lines: Sequence[Line]) -> None:

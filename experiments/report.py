@@ -15,7 +15,7 @@ from experiments.results import Entry, Interval, Result
 mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "ecdctr", "font.size": 9})
 
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
-STYLE = """
+_STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem;
   color: #222; background: #fff }
 table { border-collapse: collapse; font-size: .85rem; margin: 1rem 0; display: block;
@@ -35,10 +35,15 @@ def page(results: Sequence[Result]) -> str:
     """The report as one HTML document: pictures are inside."""
     body = "\n".join(_section(result) for result in results)
     contents = "".join(f'<li><a href="#{r.name}">{html.escape(r.title)}</a></li>' for r in results)
+    return document("Experiments", f"<ol>{contents}</ol>\n{body}")
+
+
+def document(title: str, body: str) -> str:
+    """A page of its own that needs nothing beside it; `body` is HTML."""
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width"><title>Experiments</title>'
-        f"<style>{STYLE}</style><h1>Experiments</h1><ol>{contents}</ol>\n{body}</html>\n"
+        f'<meta name="viewport" content="width=device-width"><title>{title}</title>'
+        f"<style>{_STYLE}</style><h1>{title}</h1>{body}</html>\n"
     )
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from commands import ROOT, Run
 
 # Before torch is loaded, by us or by a process that we start: more threads than one wait for each
 # other on a machine that is busy with something else. Not torch.set_num_threads: importing torch
@@ -25,7 +26,6 @@ if TYPE_CHECKING:
     from training.recipes import Recipe
     from training.workspace import Workspace
 
-ROOT = Path(__file__).parent.parent
 JOURNEY_ASOF = date(2017, 10, 5)
 """All rows that the quick recipe needs see one window, September's."""
 
@@ -50,6 +50,11 @@ class Exported:
     @property
     def bundle(self) -> Path:
         return self.workspace.registry.path(self.bundle_id)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(capsys)
 
 
 @pytest.fixture(scope="session")

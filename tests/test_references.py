@@ -14,6 +14,7 @@ import pytest
 import tiny
 from scipy.special import expit
 from sklearn.metrics import roc_auc_score
+from test_synthetic import QUICK
 
 from embeddings_store import Windows
 from experiments.arms import Arm, Split
@@ -29,7 +30,7 @@ from experiments.references import (
     fit_reference,
 )
 from experiments.windows import item_rows
-from training.datasets.synthetic import SyntheticConfig, best_possible, write_synthetic
+from training.datasets.synthetic import best_possible, write_synthetic
 from training.events import EventLog, days_between
 from training.examples import Builder, Examples
 from training.metrics import measure
@@ -37,17 +38,7 @@ from training.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]
 
-WORLD = SyntheticConfig(
-    users=150,
-    items=120,
-    first=date(2017, 8, 15),
-    last=date(2017, 11, 7),
-    page_size=12,
-    natural_requests=0.5,
-    ad_requests=0.5,
-    ad_rate=0.05,
-    cold_days=20,
-)
+WORLD = replace(QUICK, first=date(2017, 8, 15), ad_requests=0.5)
 ASOF = date(2017, 11, 1)
 TEST_DAYS = days_between(ASOF, WORLD.last)
 LINES = REFERENCES[:-1]

@@ -8,18 +8,17 @@ from pathlib import Path
 
 import pytest
 import tiny
+from commands import WITHOUT, Run, run_process
 from conftest import Exported
 from servers import running_server
-from test_cli import WITHOUT, Run, run, run_process
+from test_imports import TRAINING_ONLY
 from test_store import many_ids, window_of
 
 from bundle.manifest import MANIFEST
 from embeddings_store import Store, StoreCorrupt, WindowRef, open_store
 from training.workspace import Workspace
 
-__all__ = ["run"]
 OLD = window_of(many_ids(500), window="2016-06")
-LIBRARIES = {"torch", "polars", "sklearn", "onnx", "httpx", "scipy", "tqdm"}
 
 
 @pytest.fixture
@@ -173,7 +172,7 @@ def test_what_was_left_half_removed_is_listed_and_removed_when_asked(
 
 
 def test_a_machine_that_only_serves_can_look_after_the_store(workspace: Workspace) -> None:
-    command = ["-c", WITHOUT.format(names=LIBRARIES)]
+    command = ["-c", WITHOUT.format(names=TRAINING_ONLY | {"scipy"})]
     found = run_process(command, *verb(workspace, str(workspace.root / "store"), "windows"))
     assert (found.code, found.err) == (0, "")
     assert str(needed(workspace)) in found.out

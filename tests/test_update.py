@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from commands import Run
 from conftest import ROOT
-from test_cli import Run
 
 import training.export
 import training.recipes

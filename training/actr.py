@@ -103,6 +103,7 @@ def actr_days(asof: date, config: ActrConfig) -> tuple[date, date]:
 def _held_out(workspace: Workspace, span: Span, variant: Variant) -> Examples:
     log = workspace.log()
     builder = builder_for(workspace, log, span.first, span.last, variant.tpm)
+    # All rows in each process: a day can't be shared out.
     return builder.build(log.rows("ad", span.first, span.last))
 
 

@@ -127,6 +127,12 @@ class Examples:
         """D of the windows, 0 where there are none."""
         return int(self.item_windows.vectors.shape[2]) - 1
 
+    @property
+    def times(self) -> Floats:
+        """How many candidates of the whole traffic each row stands for: 1 / rate where it was
+        sampled, and a positive for itself."""
+        return np.where(self.label > 0, 1.0, self.weight)
+
     def since(self, day: date) -> Examples:
         """The rows dated on or after `day`."""
         return self.take(np.flatnonzero(self.day >= np.datetime64(day, "D")))

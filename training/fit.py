@@ -143,7 +143,7 @@ def calibration(logit: Floats, examples: Examples, prior: float = 0.0) -> float:
     0 where `examples` has few. Of several processes each gives rows of its own, or all the same,
     and gets the offset of all.
     """
-    team, times = world(), np.where(examples.label > 0, 1.0, examples.weight)
+    team, times = world(), examples.times
     real = team.sum(float(examples.label.sum()) + prior)
     if not real:
         return 0.0

@@ -42,6 +42,7 @@ Line = dict[str, Any]
 DOMAINS: tuple[Domain, ...] = ("ad", "natural")
 SERVED_TOLERANCE = 1e-5
 """How far a score over HTTP may be from the one computed here."""
+WEEK = 7
 _NUM_SERVED = 20
 _PATIENCE_S = 60.0
 
@@ -253,9 +254,11 @@ def _measured(lines: Sequence[Line], out: Path) -> Metrics:
 
 def weekly_pcoc(lines: Sequence[Line]) -> tuple[float, float]:
     """The lowest and the highest PCOC of seven scored days on end; of all where they are fewer."""
-    daily = np.array([[line["expected"], line["positives"]] for line in lines])
-    sums = np.concatenate([np.zeros((1, 2)), daily.cumsum(axis=0)])
-    length = min(7, len(lines))
-    weeks = sums[length:] - sums[:-length]
-    pcoc = weeks[:, 0] / weeks[:, 1]
+    pcoc = weekly_sums(lines, "expected") / weekly_sums(lines, "positives")
     return float(pcoc.min()), float(pcoc.max())
+
+
+def weekly_sums(lines: Sequence[Line], name: str) -> npt.NDArray[np.float64]:
+    """Sums float64 of a figure over each seven lines on end; of all where they are fewer."""
+    figures = np.array([line[name] for line in lines], np.float64)
+    return np.convolve(figures, np.ones(min(WEEK, len(lines))), "valid")
