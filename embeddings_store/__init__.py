@@ -15,6 +15,7 @@ from embeddings_store.window import (
     DEFAULT_DEADLINE_MS,
     ENTITIES,
     Entity,
+    Failure,
     PackedWindow,
     Reader,
     RequestWindows,
@@ -42,6 +43,7 @@ __all__ = [
     "EmbeddedReader",
     "EmbeddedStore",
     "Entity",
+    "Failure",
     "PackedWindow",
     "Reader",
     "RequestWindows",
@@ -67,11 +69,19 @@ __all__ = [
 ]
 
 
-def open_store(url: str, *, prefix: str = "ecdctr", max_connections: int = 16) -> Store:
+def open_store(
+    url: str,
+    *,
+    prefix: str = "ecdctr",
+    max_connections: int = 16,
+    max_mbps: float | None = None,
+) -> Store:
     """Open the store that `url` names; nothing is connected yet.
 
-    A path or file:///path is an embedded store, redis://, rediss:// and unix:// a Redis or Valkey
-    server; only there `prefix` (start of every key) and `max_connections` (per reader) count.
+    A path or file:///path is an embedded store; redis://, rediss:// and unix:// a Redis or Valkey
+    server; redis+cluster:// and rediss+cluster://host:port,host:port a cluster. Only for servers
+    count `prefix` (start of every key), `max_connections` (per reader and server) and `max_mbps`
+    (megabytes a second that publishing writes at most).
     ValueError for any other URL, without repeating it: it may hold a password.
     """
     scheme, colon, rest = url.partition("://")
@@ -81,9 +91,7 @@ def open_store(url: str, *, prefix: str = "ecdctr", max_connections: int = 16) -
         if not rest.startswith("/"):
             raise ValueError("a file URL must be absolute: file:///path")
         return EmbeddedStore(Path(unquote(urlsplit(url).path)))
-    if scheme in ("redis", "rediss", "unix"):
-        # Imported here, so that an embedded store needs no redis client.
-        from embeddings_store.redis import RedisStore
+    # Imported here, so that an embedded store needs no redis client.
+    from embeddings_store.redis import RedisStore
 
-        return RedisStore(url, prefix=prefix, max_connections=max_connections)
-    raise ValueError("a store is a path, file://, redis://, rediss:// or unix://")
+    return RedisStore(url, prefix=prefix, max_connections=max_connections, max_mbps=max_mbps)

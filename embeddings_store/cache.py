@@ -15,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from embeddings_store.precision import Floats
 from embeddings_store.window import (
     DEFAULT_DEADLINE_MS,
     NUM_MONTHS,
     Entity,
-    Floats,
     Ids,
     Reader,
     RequestWindows,

@@ -1,7 +1,8 @@
 """Windows in memory-mapped files: the default store, without a server.
 
 `windows/<window>-<build>/` holds, per entity, ids.npy (uint64 [n], sorted), bits.npy (uint8 [n]),
-block.npy ([n, 3, D + 1]) and index.npy (uint32 [2^k], see `_prefix_index`). Processes share pages.
+block.npy ([n, 3, ...], see `precision.row_shape`) and index.npy (uint32 [2^k], see
+`_prefix_index`). Processes share pages.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from embeddings_store.precision import PRECISIONS, row_shape
 from embeddings_store.snapshot import (
     Arrays,
     Meta,
@@ -27,7 +29,6 @@ from embeddings_store.window import (
     DEFAULT_DEADLINE_MS,
     ENTITIES,
     NUM_MONTHS,
-    STORED_DTYPES,
     Bools,
     Entity,
     Ids,
@@ -242,9 +243,11 @@ def _meta(window: PackedWindow) -> Meta:
 
 
 def _tables(target: Path, meta: Meta, arrays: Arrays) -> dict[Entity, _Table]:
-    block_dtype = STORED_DTYPES.get(str(meta.get("dtype")))
-    dim = meta["dim"]
+    dim, precision = meta["dim"], meta.get("dtype")
     assert isinstance(dim, int)
+    if precision not in PRECISIONS:
+        raise StoreCorrupt(f"{target}: dtype is {precision!r}, should be one of {PRECISIONS}")
+    block_dtype, shape = row_shape(dim, precision, NUM_MONTHS)
     tables: dict[Entity, _Table] = {}
     for entity in ENTITIES:
         try:
@@ -258,7 +261,7 @@ def _tables(target: Path, meta: Meta, arrays: Arrays) -> dict[Entity, _Table]:
         expected = [
             (np.dtype("<u8"), (num,)),
             (np.dtype("u1"), (num,)),
-            (block_dtype, (num, NUM_MONTHS, dim + 1)),
+            (block_dtype, (num, *shape)),
         ]
         prefix_bits = len(index).bit_length() - 1
         if actual != expected or index.dtype != np.uint32 or len(index) != 1 << prefix_bits:

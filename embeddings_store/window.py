@@ -15,13 +15,20 @@ from typing import Literal, Protocol, TypeAlias, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from embeddings_store.precision import (
+    PRECISIONS,
+    Block,
+    Floats,
+    Precision,
+    row_shape,
+    to_float32,
+    to_stored,
+)
+
 Entity = Literal["users", "items"]
 ENTITIES: tuple[Entity, ...] = get_args(Entity)
-BlockDtype = Literal["float16", "float32"]
 
 Ids: TypeAlias = NDArray[np.uint64]
-Floats: TypeAlias = NDArray[np.float32]
-Block: TypeAlias = NDArray[np.float16] | NDArray[np.float32]
 Bools: TypeAlias = NDArray[np.bool_]
 Bytes: TypeAlias = NDArray[np.uint8]
 Rows: TypeAlias = NDArray[np.int64]
@@ -30,16 +37,10 @@ Progress: TypeAlias = Callable[[int, int], None]
 
 NUM_MONTHS = 3
 DEFAULT_DEADLINE_MS = 10.0
-STORED_DTYPES: Mapping[str, np.dtype[np.float16] | np.dtype[np.float32]] = {
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-}
 
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
 _BUILD = re.compile(r"[0-9a-f]{16}")
 _MONTH_BITS: Bytes = np.array([1, 2, 4], dtype=np.uint8)
-# numpy converts float16 one value at a time; a table of all 65,536 of them is twice as fast.
-_HALF_TO_FLOAT: Floats = np.arange(1 << 16, dtype=np.uint16).view(np.float16).astype(np.float32)
 
 
 # The error tree. An entity without a vector is no error: it is absent in `Windows.present`.
@@ -161,7 +162,7 @@ class Snapshot:
 @dataclass(frozen=True, eq=False)
 class PackedTable:
     """ids uint64 [n] sorted and unique; bits uint8 [n] (bit 0 = newest month present);
-    block float16 or float32 [n, 3, D + 1], zero where a month is absent."""
+    block [n, 3, ...] as `precision.row_shape` says, zero where a month is absent."""
 
     ids: Ids
     bits: Bytes
@@ -174,8 +175,18 @@ class PackedWindow:
 
     ref: WindowRef
     dim: int
-    dtype: BlockDtype
+    dtype: Precision
     tables: Mapping[Entity, PackedTable]
+
+
+@dataclass(frozen=True, eq=False)
+class Failure:
+    """A part of a lookup that failed, while the rest was answered."""
+
+    error: StoreError
+    """Of the first row that failed."""
+    rows: Bools
+    """Which rows, bool [n], at least one; they are zero and absent, though they may exist."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,12 +194,16 @@ class Windows:
     """The answer to n ids, in their order: vectors float32 [n, 3, D + 1], present bool [n, 3].
 
     A row that is not in the store is zero and absent. So is a row that holds a NaN or an infinity;
-    `num_invalid` counts those, because they mean that something writes bad vectors.
+    `num_invalid` counts those, because they mean that something writes bad vectors. So is a row
+    that a part of the store gave no answer for; `failure` tells which those are.
     """
 
     vectors: Floats
     present: Bools
     num_invalid: int = 0
+    failure: Failure | None = None
+    second_line: StoreError | None = None
+    """Why the first line failed, where rows are those of a second line."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,7 +217,7 @@ class RequestWindows:
 def pack_window(
     window: str,
     snapshots: Mapping[str, Mapping[Entity, Snapshot]],
-    dtype: BlockDtype = "float16",
+    dtype: Precision = "float16",
 ) -> PackedWindow:
     """Join the three snapshots of each entity on id.
 
@@ -214,8 +229,8 @@ def pack_window(
     months = window_months(window)
     if lacking := [month for month in months if month not in snapshots]:
         raise ValueError(f"window {window} needs the snapshots of {', '.join(lacking)}")
-    if dtype not in STORED_DTYPES:
-        raise ValueError(f"dtype {dtype!r} must be one of {', '.join(STORED_DTYPES)}")
+    if dtype not in PRECISIONS:
+        raise ValueError(f"dtype {dtype!r} must be one of {', '.join(PRECISIONS)}")
     dims = {snapshots[month][entity].dim for month in months for entity in ENTITIES}
     if len(dims) != 1:
         raise ValueError(f"window {window}: snapshots have different sizes D: {sorted(dims)}")
@@ -228,27 +243,29 @@ def pack_window(
     return PackedWindow(ref, dim, dtype, tables)
 
 
-def _pack_table(entity: Entity, newest_first: list[Snapshot], dim: int, dtype: str) -> PackedTable:
+def _pack_table(
+    entity: Entity, newest_first: list[Snapshot], dim: int, dtype: Precision
+) -> PackedTable:
     ids = np.unique(np.concatenate([snapshot.ids for snapshot in newest_first]))
     bits: Bytes = np.zeros(len(ids), dtype=np.uint8)
-    block = np.zeros((len(ids), NUM_MONTHS, dim + 1), dtype=STORED_DTYPES[dtype])
+    stored_dtype, shape = row_shape(dim, dtype, NUM_MONTHS)
+    block = np.zeros((len(ids), *shape), dtype=stored_dtype)
     for slot, snapshot in enumerate(newest_first):
         rows = np.searchsorted(ids, snapshot.ids)
         bits[rows] |= _MONTH_BITS[slot]
-        with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is refused below
-            block[rows, slot, :dim] = snapshot.vectors
-            block[rows, slot, dim] = snapshot.biases
-        _refuse_infinite(entity, snapshot, block[rows, slot], dtype)
+        block[rows, slot] = _stored(entity, snapshot, dtype)
     return PackedTable(ids, bits, block)
 
 
-def _refuse_infinite(entity: Entity, snapshot: Snapshot, packed: Block, dtype: str) -> None:
-    bad = np.flatnonzero(~np.isfinite(packed).all(axis=1))
+def _stored(entity: Entity, snapshot: Snapshot, dtype: Precision) -> Block:
+    values = np.concatenate([snapshot.vectors, snapshot.biases[:, None]], axis=1)
+    stored = to_stored(values, dtype)
+    fits = np.isfinite(values) & np.isfinite(to_float32(stored))
+    bad = np.flatnonzero(~fits.all(axis=1))
     if not bad.size:
-        return
+        return stored
     row = int(bad[0])
-    values = np.append(snapshot.vectors[row], snapshot.biases[row])
-    value = values[int(np.flatnonzero(~np.isfinite(packed[row]))[0])]
+    value = values[row, int(np.flatnonzero(~fits[row])[0])]
     raise ValueError(
         f"{entity} snapshot {snapshot.month}, id {snapshot.ids[row]}: {value} is not finite"
         f" as {dtype} ({bad.size} such ids)"
@@ -278,14 +295,14 @@ def check_ids(ids: Ids) -> Ids:
 
 
 def decode(block: Block, bits: Bytes, found: Bools) -> Windows:
-    """Stored rows -> `Windows`; block [n, 3, D + 1], bits uint8 [n], found bool [n].
+    """Stored rows -> `Windows`; block [n, 3, ...], bits uint8 [n], found bool [n].
 
     Rows that are not `found` may hold anything.
     """
-    vectors = _as_float32(block)
+    vectors = to_float32(block)
     present = (bits[:, None] & _MONTH_BITS) != 0
     keep, num_invalid = found, 0
-    if not np.isfinite(vectors).all():
+    if not _all_finite(vectors):
         keep = found & np.isfinite(vectors).all(axis=(1, 2))
         num_invalid = int(found.sum() - keep.sum())
     if not keep.all():
@@ -294,10 +311,10 @@ def decode(block: Block, bits: Bytes, found: Bools) -> Windows:
     return Windows(vectors, present, num_invalid)
 
 
-def _as_float32(block: Block) -> Floats:
-    if block.dtype == np.float16:
-        return _HALF_TO_FLOAT.take(block.view(np.uint16))
-    return block.astype(np.float32)
+def _all_finite(vectors: Floats) -> bool:
+    """True only when all are finite: a sum of squares is far cheaper than a look at each."""
+    flat = vectors.reshape(-1)
+    return bool(np.isfinite(flat.dot(flat)))
 
 
 def all_absent(num: int, dim: int) -> Windows:
