@@ -23,7 +23,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
 from uvicorn.supervisors import Multiprocess
 
-from embeddings_store import Store, open_store
+from embeddings_store import Store
 from service import errors
 from service.body import BodyLimit
 from service.endpoints import Endpoints
@@ -31,6 +31,7 @@ from service.live import Live
 from service.metrics import CountAnswers, Metrics
 from service.schemas import Models, Problem, ScoreRequest, ScoreResponse
 from service.settings import Settings
+from service.windows import WindowSource
 
 GRACE_S = 30
 """How long requests that are under way may take after SIGTERM."""
@@ -64,7 +65,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     `store` is the one that `settings` name unless given.
     """
     metrics = Metrics(CollectorRegistry(), settings.metrics_dir)
-    live = Live(settings, metrics, store or open_store(settings.store))
+    live = Live(settings, metrics, WindowSource(settings, store))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,12 +13,13 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from bundle.registry import Current, Registry, RegistryError
-from embeddings_store import Store
+from embeddings_store.cache import CachedReader
 from service.errors import NotReadyError
 from service.metrics import Metrics
 from service.scorer import Scorer
 from service.settings import Settings
 from service.vetting import RefusedError, load
+from service.windows import WindowSource
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +52,9 @@ class _Sight:
 class Live:
     """Owns the live scorer, and the task that replaces it. All methods are for the event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, store: Store) -> None:
-        self._settings, self._metrics, self._store = settings, metrics, store
+    def __init__(self, settings: Settings, metrics: Metrics, source: WindowSource) -> None:
+        self._settings, self._metrics, self._source = settings, metrics, source
+        self._started_s = time.monotonic()
         self._registry = Registry(settings.registry)
         self._scorer: Scorer | None = None
         self._tried: _Sight | None = None
@@ -102,7 +105,7 @@ class Live:
             await scorer.close()
             scorer.release()
             gc.unfreeze()
-        self._store.close()
+        self._source.close()
 
     async def refresh(self) -> None:
         """Makes the registry's current bundle the live one, or notes why it can't be. Never raises
@@ -129,6 +132,8 @@ class Live:
     async def _follow(self) -> None:
         while True:
             await asyncio.sleep(self._settings.poll_s)
+            if self._scorer and isinstance(self._scorer.reader, CachedReader):
+                self._metrics.cached(self._scorer.reader)
             try:
                 await self.refresh()
             except Exception:
@@ -160,7 +165,11 @@ class Live:
             folder = self._registry.path(bundle_id)
         except RegistryError as error:
             raise RefusedError("registry", str(error)) from error
-        return await load(folder, self._store, self._settings.store_deadline_ms)
+        # What is live already is better than a new bundle without its windows.
+        waited_s = time.monotonic() - self._started_s
+        may_wait = self._scorer is None and waited_s >= self._settings.store_wait_s
+        deadline_ms = self._settings.store_deadline_ms
+        return await load(folder, self._source, deadline_ms, may_wait=may_wait)
 
     def _refuse(self, bundle_id: str | None, refused: RefusedError) -> None:
         self._metrics.refusals.labels(refused.kind).inc()

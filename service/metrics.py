@@ -17,6 +17,7 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from embeddings_store.cache import CachedReader
 from service.scorer import Scored
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -71,6 +72,23 @@ class Metrics:
             "Vectors in the store that are not finite, and count as absent.",
             registry=registry,
         )
+        self._cache_rows = Counter(
+            "ecdctr_item_cache_rows",
+            "Items that were asked for, by whether the cache held them (hit, miss).",
+            ["result"],
+            registry=registry,
+        )
+        self._cache_evictions = Counter(
+            "ecdctr_item_cache_evictions",
+            "Items that displaced each other in the cache while still valid.",
+            registry=registry,
+        )
+        self._cache_bytes = Gauge(
+            "ecdctr_item_cache_bytes",
+            "Bytes of the items that the cache holds.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
         self.impossible = Counter(
             "ecdctr_impossible_scores",
             "Requests for which the live model gave something that is no probability.",
@@ -102,6 +120,14 @@ class Metrics:
             self._missing.labels(feature).inc(num)
         if scored.num_invalid:
             self._invalid.inc(scored.num_invalid)
+
+    def cached(self, cache: CachedReader) -> None:
+        """Takes over what the cache has counted."""
+        counts = cache.take_counts()
+        self._cache_rows.labels("hit").inc(counts.hits)
+        self._cache_rows.labels("miss").inc(counts.misses)
+        self._cache_evictions.inc(counts.evictions)
+        self._cache_bytes.set(cache.size_bytes)
 
     def live(self, model: str, window: str, *, replaced: tuple[str, str] | None) -> None:
         """Notes which model is live from now on, and which (model, window) no longer is."""

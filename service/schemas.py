@@ -146,9 +146,12 @@ class ScoreRequest(_Model):
 
 
 class Degraded(_Model):
-    """An input that the scores had to do without, though it may well exist."""
+    """An input that the scores had to do without, wholly or in part, though it may well exist."""
 
-    what: str = Field(description="user_window or item_windows.")
+    what: str = Field(
+        description="user_window or item_windows; or store, when windows are those of the second"
+        " line, which are as good."
+    )
     reason: str = Field(description="timeout, unavailable, busy, rejected, corrupt, …")
 
 

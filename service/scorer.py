@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ import onnxruntime as ort
 from bundle.artifact import Artifact
 from bundle.encode import Arrays, Encoded, Request
 from embeddings_store import (
+    Failure,
     Reader,
     RequestWindows,
     StoreBusy,
@@ -93,7 +94,8 @@ class Stages:
 class Scored:
     """scores: float32 [N], in the order asked. missing: see `bundle.encode.Encoded`, and
     "user_window" (1) and "item_windows" (of N) for those that the store knows nothing of.
-    degraded: why an input is absent though it may exist, by input."""
+    degraded: why an input is absent, wholly or in part, though it may exist, by input; and under
+    "store" why windows are those of the second line, which are as good."""
 
     model: str
     scores: Scores
@@ -116,7 +118,7 @@ class Scorer:
         self.artifact = artifact
         self.in_flight = 0
         self._session: ort.InferenceSession | None = session
-        self._reader = reader
+        self.reader = reader
         self._store_deadline_ms = store_deadline_ms
         self._inputs = [tensor.name for tensor in artifact.manifest.inputs]
 
@@ -147,16 +149,13 @@ class Scorer:
         if not len(encoded.item_keys):
             return Scored(self.id, np.zeros(0, np.float32), {}, encoded.missing)
         with stages.timed("lookup"):
-            windows, reason = await self._look_up(encoded, deadline)
+            windows, degraded = await self._look_up(encoded, deadline)
         deadline.remaining_ms()
         with stages.timed("run"):
             scores = self.run({**encoded.inputs, **window_inputs(windows)})
-        if reason:
-            degraded = {"user_window": reason, "item_windows": reason}
-            return Scored(self.id, scores, degraded, encoded.missing)
         missing = {**encoded.missing, **_missing_windows(windows)}
         num_invalid = windows.user.num_invalid + windows.items.num_invalid
-        return Scored(self.id, scores, {}, missing, num_invalid)
+        return Scored(self.id, scores, degraded, missing, num_invalid)
 
     def run(self, inputs: Arrays) -> Scores:
         """The model's scores float32 [N] for the arrays of `Encoded.inputs` and the four windows.
@@ -178,7 +177,7 @@ class Scorer:
 
     async def close(self) -> None:
         """Closes the reader; nothing may be in flight."""
-        await self._reader.close()
+        await self.reader.close()
 
     def release(self) -> None:
         """Frees the session and its model; takes a while, so not on the event loop."""
@@ -186,19 +185,18 @@ class Scorer:
 
     async def _look_up(
         self, encoded: Encoded, deadline: Deadline
-    ) -> tuple[RequestWindows, str | None]:
-        """The windows, or absent ones and the reason why."""
+    ) -> tuple[RequestWindows, dict[str, str]]:
+        """The windows, absent where the store failed, and why: see `Scored.degraded`."""
         # Half of what is left: scores without windows in time are worth more than a 504.
         budget_ms = min(self._store_deadline_ms, deadline.remaining_ms() / 2)
         try:
             user_id = int(encoded.user_key[0])
-            found = await self._reader.lookup_request(
+            found = await self.reader.lookup_request(
                 user_id, encoded.item_keys, deadline_ms=budget_ms
             )
         except StoreError as error:
-            reason = REASONS.get(type(error), "store_error")
-            return absent_windows(len(encoded.item_keys), self._reader.dim), reason
-        return found, None
+            found = _failed(len(encoded.item_keys), self.reader.dim, error)
+        return found, _degraded(found)
 
 
 def open_session(path: Path) -> ort.InferenceSession:
@@ -223,6 +221,28 @@ def absent_windows(num_items: int, dim: int) -> RequestWindows:
     return RequestWindows(_absent(1, dim), _absent(num_items, dim))
 
 
+def _failed(num_items: int, dim: int, error: StoreError) -> RequestWindows:
+    absent = absent_windows(num_items, dim)
+    return RequestWindows(
+        *(
+            replace(part, failure=Failure(error, np.ones(len(part.present), np.bool_)))
+            for part in (absent.user, absent.items)
+        )
+    )
+
+
+def _degraded(windows: RequestWindows) -> dict[str, str]:
+    """Why windows are absent, by input, and under "store" why those of a second line are used."""
+    errors = {
+        "user_window": windows.user.failure and windows.user.failure.error,
+        "item_windows": windows.items.failure and windows.items.failure.error,
+        "store": windows.user.second_line or windows.items.second_line,
+    }
+    return {
+        what: REASONS.get(type(error), "store_error") for what, error in errors.items() if error
+    }
+
+
 def _absent(num: int, dim: int) -> Windows:
     vectors = np.zeros((num, NUM_MONTHS, dim + 1), np.float32)
     return Windows(vectors, np.zeros((num, NUM_MONTHS), np.bool_))
@@ -240,9 +260,16 @@ def window_inputs(windows: RequestWindows) -> Arrays:
 
 
 def _missing_windows(windows: RequestWindows) -> dict[str, int]:
-    """How many windows have no month at all in the store, by input."""
+    """How many windows have no month at all in the store, by input; of those that it answered."""
     absent = {
-        "user_window": int((~windows.user.present.any(axis=1)).sum()),
-        "item_windows": int((~windows.items.present.any(axis=1)).sum()),
+        "user_window": _num_absent(windows.user),
+        "item_windows": _num_absent(windows.items),
     }
     return {name: num for name, num in absent.items() if num}
+
+
+def _num_absent(windows: Windows) -> int:
+    absent = ~windows.present.any(axis=1)
+    if windows.failure:
+        absent &= ~windows.failure.rows
+    return int(absent.sum())

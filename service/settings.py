@@ -21,9 +21,18 @@ class Settings:
     registry: Path
     """Directory of bundles; it must exist."""
     store: str
-    """Where the TPM windows are: a path, file://, redis://, rediss:// or unix://."""
+    """Where the TPM windows are: a path or a URL, see `embeddings_store.open_store`."""
     store_deadline_ms: float = 10.0
     """Longest wait for the windows of one request; after it the request is scored without them."""
+    store_copy: str = ""
+    """A path with a copy of the windows, to read from while a remote store is away; empty: none."""
+    store_wait_s: float = 10.0
+    """How long a process that starts waits for its store before it goes live without windows."""
+    item_cache_mb: int = 64
+    """Megabytes for windows of items, in front of a remote store; 0 turns it off."""
+    item_cache_ttl_s: float = 3600.0
+    """How long the cache believes what it holds, though a window that is published never changes.
+    """
     poll_s: float = 1.0
     """How often the registry is asked which bundle is current."""
     max_body_bytes: int = 4 * 1024 * 1024
@@ -50,6 +59,10 @@ class Settings:
             registry=_folder(environ, "ECDCTR_REGISTRY"),
             store=_required(environ, "ECDCTR_STORE", "a path or a redis:// URL"),
             store_deadline_ms=_positive(environ, "ECDCTR_STORE_DEADLINE_MS", cls.store_deadline_ms),
+            store_copy=environ.get("ECDCTR_STORE_COPY", ""),
+            store_wait_s=_positive(environ, "ECDCTR_STORE_WAIT_S", cls.store_wait_s),
+            item_cache_mb=_count(environ, "ECDCTR_ITEM_CACHE_MB", cls.item_cache_mb, least=0),
+            item_cache_ttl_s=_positive(environ, "ECDCTR_ITEM_CACHE_TTL_S", cls.item_cache_ttl_s),
             poll_s=_positive(environ, "ECDCTR_POLL_S", cls.poll_s),
             max_body_bytes=_count(environ, "ECDCTR_MAX_BODY_BYTES", cls.max_body_bytes),
             max_candidates=_count(environ, "ECDCTR_MAX_CANDIDATES", cls.max_candidates),
@@ -86,12 +99,12 @@ def _positive(environ: Mapping[str, str], name: str, default: float) -> float:
     return value
 
 
-def _count(environ: Mapping[str, str], name: str, default: int) -> int:
+def _count(environ: Mapping[str, str], name: str, default: int, least: int = 1) -> int:
     text = environ.get(name, "")
     if not text:
         return default
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise SettingsError(f"{name}={text!r} must be a whole number above 0")
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise SettingsError(f"{name}={text!r} must be a whole number of at least {least}")
     return int(text)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,12 @@ from bundle.artifact import Artifact, open_artifact
 from bundle.encode import Arrays, FeatureError, Request
 from bundle.golden import TOLERANCE
 from bundle.manifest import BundleError, Manifest, Tensor, read_manifest
-from embeddings_store import Reader, Store, StoreCorrupt, StoreError, WindowNotFound, WindowRef
+from embeddings_store import Reader, StoreCorrupt, StoreError, WindowNotFound, WindowRef
+from embeddings_store.cache import CachedReader
 from service.scorer import OUTPUT, Scorer, absent_windows, open_session, window_inputs
+from service.windows import WindowSource
+
+log = logging.getLogger(__name__)
 
 Reason = Literal[
     "registry", "bundle", "model", "inputs", "golden", "constant", "window", "store", "internal"
@@ -48,8 +53,11 @@ class RefusedError(Exception):
         self.kind: Reason = kind
 
 
-async def load(folder: Path, store: Store, store_deadline_ms: float) -> Scorer:
+async def load(
+    folder: Path, source: WindowSource, store_deadline_ms: float, *, may_wait: bool = False
+) -> Scorer:
     """Opens, checks and warms the bundle in `folder`; the event loop stays free meanwhile.
+    `may_wait`: it may go live although its store gives no answer yet.
 
     Raises:
         RefusedError: it must not go live; nothing of it is left open.
@@ -58,8 +66,10 @@ async def load(folder: Path, store: Store, store_deadline_ms: float) -> Scorer:
     try:
         manifest = read_manifest(folder)
         # First, because it is cheap: a store that is away is asked again and again.
-        reader = await _open_reader(manifest, store)
-        return await asyncio.to_thread(_build, folder, manifest, reader, store_deadline_ms)
+        reader = await _open_reader(manifest, source, may_wait)
+        scorer = await asyncio.to_thread(_build, folder, manifest, reader, store_deadline_ms)
+        await _warm_cache(scorer)
+        return scorer
     except BaseException as error:
         if reader is not None:
             await reader.close()
@@ -70,10 +80,11 @@ async def load(folder: Path, store: Store, store_deadline_ms: float) -> Scorer:
         raise
 
 
-async def _open_reader(manifest: Manifest, store: Store) -> Reader:
+async def _open_reader(manifest: Manifest, source: WindowSource, may_wait: bool) -> Reader:
     window = manifest.window
     try:
-        reader = await store.reader(WindowRef(window.month, window.build))
+        ref = WindowRef(window.month, window.build)
+        reader = await source.reader(ref, window.dim, may_wait=may_wait)
     except (WindowNotFound, StoreCorrupt, ValueError) as error:
         raise RefusedError("window", f"{manifest.id}: {error}") from error
     except StoreError as error:
@@ -84,6 +95,15 @@ async def _open_reader(manifest: Manifest, store: Store) -> Reader:
             "window", f"{manifest.id}: needs vectors of {window.dim}, not {reader.dim}"
         )
     return reader
+
+
+async def _warm_cache(scorer: Scorer) -> None:
+    """Fetches the items of the bundle's table; without them it only begins more slowly."""
+    if isinstance(scorer.reader, CachedReader):
+        try:
+            await scorer.reader.warm(scorer.artifact.encoder.items.keys)
+        except StoreError as error:
+            log.warning("%s: the item cache begins empty: %s", scorer.id, error)
 
 
 def _build(folder: Path, manifest: Manifest, reader: Reader, store_deadline_ms: float) -> Scorer:

@@ -26,7 +26,9 @@ from bundle.manifest import MANIFEST, verify
 from bundle.registry import Registry
 from embeddings_store import WindowRef, window_months
 from service.scorer import absent_windows, window_inputs
+from service.settings import Settings
 from service.vetting import load
+from service.windows import WindowSource
 from training.actr import Actr, load_actr
 from training.cpm import cpm_name
 from training.examples import builder_for
@@ -149,7 +151,9 @@ def test_the_bundle_passes_its_own_check_and_that_of_the_service(tiny_exported: 
     assert manifest.id == tiny_exported.bundle_id
 
     async def go_live() -> str:
-        scorer = await load(tiny_exported.bundle, tiny_exported.workspace.store, 1000.0)
+        settings = Settings(Path("unused"), "unused")
+        source = WindowSource(settings, tiny_exported.workspace.store)
+        scorer = await load(tiny_exported.bundle, source, 1000.0)
         await scorer.close()
         return scorer.id
 

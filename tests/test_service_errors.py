@@ -214,7 +214,7 @@ def test_a_fault_of_the_service_is_a_500_that_tells_nothing(tmp_path: Path) -> N
     place = make_place(tmp_path)
     add_live_bundle(place)
     store: Any = FaultyStore(place.store)
-    with serving(settings_of(place), store) as client:
+    with serving(settings_of(place, item_cache_mb=0), store) as client:
         response = client.post("/v1/score", json=body())
         problem_of(response, 500)
         assert "secret" not in response.text

@@ -163,7 +163,7 @@ def test_a_store_that_went_away_costs_the_windows_and_says_so(tmp_path: Path) ->
     with running_server() as server:
         place = make_place(tmp_path, server.url)
         add_live_bundle(place)
-        with serving(settings_of(place, store_deadline_ms=200)) as client:
+        with serving(settings_of(place, store_deadline_ms=200, item_cache_mb=0)) as client:
             whole = ask(client, body())
             assert whole["degraded"] == []
             server.process.kill()

@@ -22,6 +22,10 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "ECDCTR_REGISTRY": str(tmp_path),
             "ECDCTR_STORE": "redis://example:6379",
             "ECDCTR_STORE_DEADLINE_MS": "2.5",
+            "ECDCTR_STORE_COPY": "/copy",
+            "ECDCTR_STORE_WAIT_S": "3",
+            "ECDCTR_ITEM_CACHE_MB": "0",
+            "ECDCTR_ITEM_CACHE_TTL_S": "60",
             "ECDCTR_POLL_S": "0.5",
             "ECDCTR_MAX_BODY_BYTES": "1000",
             "ECDCTR_MAX_CANDIDATES": "7",
@@ -31,7 +35,19 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         }
     )
     assert settings == Settings(
-        tmp_path, "redis://example:6379", 2.5, 0.5, 1000, 7, 8, "debug", tmp_path
+        registry=tmp_path,
+        store="redis://example:6379",
+        store_deadline_ms=2.5,
+        store_copy="/copy",
+        store_wait_s=3,
+        item_cache_mb=0,
+        item_cache_ttl_s=60,
+        poll_s=0.5,
+        max_body_bytes=1000,
+        max_candidates=7,
+        max_history=8,
+        log_level="debug",
+        metrics_dir=tmp_path,
     )
 
 
@@ -44,9 +60,10 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         ("ECDCTR_STORE_DEADLINE_MS", "0", "must be a number above 0"),
         ("ECDCTR_STORE_DEADLINE_MS", "inf", "must be a number above 0"),
         ("ECDCTR_POLL_S", "often", "must be a number above 0"),
-        ("ECDCTR_MAX_BODY_BYTES", "4MiB", "must be a whole number above 0"),
-        ("ECDCTR_MAX_CANDIDATES", "-1", "must be a whole number above 0"),
-        ("ECDCTR_MAX_HISTORY", "1.5", "must be a whole number above 0"),
+        ("ECDCTR_MAX_BODY_BYTES", "4MiB", "must be a whole number of at least 1"),
+        ("ECDCTR_MAX_CANDIDATES", "-1", "must be a whole number of at least 1"),
+        ("ECDCTR_MAX_HISTORY", "1.5", "must be a whole number of at least 1"),
+        ("ECDCTR_ITEM_CACHE_MB", "-1", "must be a whole number of at least 0"),
         ("ECDCTR_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from servers import running_server
 from embeddings_store import (
     ENTITIES,
     Entity,
+    Failure,
     PackedWindow,
     Reader,
     RequestWindows,
@@ -32,7 +34,7 @@ from embeddings_store.cache import CachedReader
 
 DIM = 4
 IDS = np.arange(1, 2001, dtype=np.uint64)
-SLOT_BYTES = 3 * 8 + 3 + 4 * 3 * (DIM + 1)
+SLOT_BYTES = 8 + 2 * 4 + 3 + 4 * 3 * (DIM + 1)
 
 
 def uint64(*ids: int) -> np.ndarray:
@@ -57,6 +59,7 @@ class RecordingReader:
         self.asked: list[tuple[str, list[int]]] = []
         self.delay_s = 0.0
         self.failure: Exception | None = None
+        self.lost: set[int] = set()
 
     @property
     def ref(self) -> WindowRef:
@@ -74,7 +77,13 @@ class RecordingReader:
         self, user_id: int, item_ids: np.ndarray, *, deadline_ms: float = 10
     ) -> RequestWindows:
         await self._note(f"user {user_id} and items", item_ids)
-        return await self.inner.lookup_request(user_id, item_ids, deadline_ms=deadline_ms)
+        found = await self.inner.lookup_request(user_id, item_ids, deadline_ms=deadline_ms)
+        rows = np.isin(item_ids, np.array(sorted(self.lost), dtype=np.uint64))
+        if not rows.any():
+            return found
+        found.items.vectors[rows], found.items.present[rows] = 0, False
+        failure = Failure(StoreUnavailable("a part is away"), rows)
+        return replace(found, items=replace(found.items, failure=failure))
 
     async def close(self) -> None:
         await self.inner.close()
@@ -125,7 +134,7 @@ def test_order_and_duplicates_are_kept_for_hits_and_misses_mixed(run: Any) -> No
         assert values(await cached.lookup("items", uint64(3, 1, 3, 2))) == [3, 1, 3, 2]
         assert values(await cached.lookup("items", uint64(9, 3, 9, 1))) == [9, 3, 9, 1]
         assert behind.asked == [("items", [1, 2, 3]), ("items", [9])]
-        assert (cached.hits, cached.misses) == (2, 6)
+        assert (cached.counts.hits, cached.counts.misses) == (2, 6)
         assert cached.ref == behind.ref
         assert cached.dim == DIM
 
@@ -138,7 +147,7 @@ def test_a_request_asks_only_for_its_user_and_the_items_it_lacks(run: Any) -> No
             got = await cached.lookup_request(user, uint64(1, 2, 7))
             assert values(got.user) == [user]
             assert values(got.items) == [1, 2, 7]
-        assert behind.asked == [("user 7 and items", [1, 2, 7]), ("user 8 and items", [])]
+        assert behind.asked == [("user 7 and items", [1, 2, 7]), ("users", [8])]
 
     run(use)
 
@@ -160,7 +169,7 @@ def test_absences_are_remembered(run: Any) -> None:
             assert values(got) == [5, 0]
             assert got.present[:, 0].tolist() == [True, False]
         assert len(behind.asked) == 1
-        assert cached.hits == 2
+        assert cached.counts.hits == 2
 
     run(use)
 
@@ -175,7 +184,7 @@ def test_an_item_is_asked_for_again_when_its_time_is_over(run: Any) -> None:
         assert cached.size_bytes == 0
         assert values(await cached.lookup("items", uint64(1))) == [1]
         assert len(behind.asked) == 2
-        assert cached.evictions == 0
+        assert cached.counts.evictions == 0
 
     run(use)
 
@@ -251,38 +260,113 @@ def test_its_bytes_stay_bounded_and_its_answers_right_when_items_are_displaced(r
             assert values(await cached.lookup("items", ids)) == ids.tolist()
             assert cached.size_bytes <= limit_bytes
         assert cached.size_bytes > limit_bytes // 2
-        assert cached.evictions > 0
-        assert cached.hits > 0
-        assert cached.hits + cached.misses == 60 * 50
+        assert cached.counts.evictions > 0
+        assert cached.counts.hits > 0
+        assert cached.counts.hits + cached.counts.misses == 60 * 50
 
     run(use, limit_bytes)
 
 
 def test_what_is_used_stays_and_what_is_not_is_displaced(run: Any) -> None:
     async def use(cached: CachedReader, behind: RecordingReader, clock: Clock) -> None:
-        for item in range(1, 30):  # one set of eight
-            clock.now_s += 1
+        for item in range(1, 60):  # two sets of eight; nothing expires meanwhile
+            clock.now_s += 0.4
             await cached.lookup("items", uint64(item))
-            clock.now_s += 1
+            clock.now_s += 0.4
             await cached.lookup("items", uint64(1))
-        assert [ids for _, ids in behind.asked] == [[item] for item in range(1, 30)]
-        assert cached.size_bytes == 8 * SLOT_BYTES
-        assert cached.evictions == 29 - 8
+        assert [ids for _, ids in behind.asked] == [[item] for item in range(1, 60)]
+        assert cached.size_bytes == 16 * SLOT_BYTES
+        assert cached.counts.evictions == 59 - 16
 
-    run(use, 8 * SLOT_BYTES)
+    run(use, 16 * SLOT_BYTES)
 
 
 def test_more_new_items_than_fit_are_all_answered(run: Any) -> None:
     async def use(cached: CachedReader, _: RecordingReader, __: Clock) -> None:
         assert values(await cached.lookup("items", IDS)) == IDS.tolist()
-        assert cached.size_bytes == 8 * SLOT_BYTES
+        assert cached.size_bytes == 16 * SLOT_BYTES
 
-    run(use, 8 * SLOT_BYTES)
+    run(use, 16 * SLOT_BYTES)
 
 
-def test_a_limit_below_one_set_is_refused(run: Any) -> None:
+def test_a_limit_below_two_sets_is_refused(run: Any) -> None:
     with pytest.raises(ValueError, match="limit_bytes"):
-        run(lambda *_: None, 8 * SLOT_BYTES - 1)
+        run(lambda *_: None, 16 * SLOT_BYTES - 1)
+
+
+def test_an_item_with_the_id_of_an_empty_slot_is_not_found_there(run: Any) -> None:
+    async def use(cached: CachedReader, behind: RecordingReader, _: Clock) -> None:
+        few = np.arange(20, dtype=np.uint64)
+        for _ in range(2):
+            assert (await cached.lookup("items", few)).present.any(axis=1).tolist() == (
+                few > 0
+            ).tolist()
+        assert len(behind.asked) == 1
+
+    run(use)
+
+
+def test_an_item_that_expired_takes_its_own_place_again(run: Any) -> None:
+    async def use(cached: CachedReader, _: RecordingReader, clock: Clock) -> None:
+        for round_ in range(5):
+            clock.now_s += 100
+            assert values(await cached.lookup("items", IDS[:200])) == IDS[:200].tolist()
+            assert cached.size_bytes == 200 * SLOT_BYTES, round_
+        assert cached.counts.evictions == 0
+
+    run(use, ttl_s=60)
+
+
+def test_a_warmed_cache_is_asked_for_nothing(run: Any) -> None:
+    async def use(cached: CachedReader, behind: RecordingReader, _: Clock) -> None:
+        assert await cached.warm(IDS) == len(IDS)
+        behind.asked.clear()
+        assert values(await cached.lookup("items", IDS[:500])) == IDS[:500].tolist()
+        assert behind.asked == []
+        assert (cached.counts.hits, cached.counts.misses) == (500, 0)
+
+    run(use)
+
+
+def test_warming_stops_at_half_of_the_slots(run: Any) -> None:
+    async def use(cached: CachedReader, behind: RecordingReader, _: Clock) -> None:
+        assert await cached.warm(IDS) == 400
+        assert sum(len(ids) for _, ids in behind.asked) == 400
+        assert cached.counts.evictions == 0
+
+    run(use, 800 * SLOT_BYTES)
+
+
+def test_rows_that_failed_are_named_and_asked_for_again(run: Any) -> None:
+    async def use(cached: CachedReader, behind: RecordingReader, _: Clock) -> None:
+        behind.lost = {3, 5}
+        found = (await cached.lookup_request(1, uint64(2, 3, 4, 5, 3))).items
+        assert found.failure is not None
+        assert found.failure.rows.tolist() == [False, True, False, True, True]
+        assert found.present.any(axis=1).tolist() == [True, False, True, False, False]
+        behind.lost = set()
+        behind.asked.clear()
+        assert values(await cached.lookup("items", uint64(2, 3, 4, 5))) == [2, 3, 4, 5]
+        assert behind.asked == [("items", [3, 5])]
+
+    run(use)
+
+
+def test_what_is_held_is_answered_while_the_reader_behind_fails(run: Any) -> None:
+    async def use(cached: CachedReader, behind: RecordingReader, _: Clock) -> None:
+        await cached.lookup("items", uint64(1, 2))
+        behind.failure = StoreUnavailable("away")
+        found = await cached.lookup_request(7, uint64(2, 3, 1))
+        assert found.user.failure is not None
+        assert found.user.failure.error is behind.failure
+        assert not found.user.present.any()
+        assert found.items.failure is not None
+        assert found.items.failure.rows.tolist() == [False, True, False]
+        assert found.items.vectors[[0, 2], 0, 0].tolist() == [2, 1]
+        with pytest.raises(StoreUnavailable):
+            await cached.lookup_request(7, uint64(8, 9))
+
+    run(use)
 
 
 def test_a_closed_cache_answers_nothing_not_even_what_it_held(run: Any) -> None:
@@ -309,8 +393,10 @@ def test_cached_items_outlive_a_server_that_is_away() -> None:
             await cached.lookup_request(1, IDS[:100], deadline_ms=1000)
             server.freeze()
             assert values(await cached.lookup("items", IDS[:100])) == IDS[:100].tolist()
-            with pytest.raises(StoreUnavailable):
-                await cached.lookup_request(1, IDS[:100])
+            found = await cached.lookup_request(1, IDS[:100])
+            assert values(found.items) == IDS[:100].tolist()
+            assert found.user.failure is not None
+            assert isinstance(found.user.failure.error, StoreUnavailable)
             await cached.close()
             store.close()
 
