@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import date
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -132,9 +132,20 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _publish(options: argparse.Namespace) -> None:
+    from tqdm import tqdm
+
     window = _workspace(options).pack(options.window)
-    with _opened_store(options) as store:
-        print(store.publish(window))
+    with (
+        _opened_store(options) as store,
+        tqdm(unit=" buckets", desc=f"publishing {window.ref}", disable=None) as bar,
+    ):
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        ref = store.publish(window, progress=show)
+    print(ref)
 
 
 def _store_windows(options: argparse.Namespace) -> None:
@@ -161,14 +172,33 @@ def _store_stats(options: argparse.Namespace) -> None:
 def _store_check(options: argparse.Namespace) -> None:
     with _opened_store(options) as store:
         present = store.windows()
+        changed = []
         for ref in present:
             store.check(ref)
-            print(f"{ref}  whole")
+            again = _packed_again(options, ref, store.stats(ref).dtype)
+            if again not in (None, ref):
+                changed.append(f"{ref} (its snapshots give {again})")
+            print(f"{ref}  whole{', equal to its snapshots' if again == ref else ''}")
         # Without a registry there is nothing to miss.
         needed = _needed(options) if _registry(options).is_dir() else {}
     missing = [f"{ref} of {', '.join(needed[ref])}" for ref in needed if ref not in present]
     if missing:
         sys.exit(f"ecdctr: not in the store: {'; '.join(missing)}")
+    if changed:
+        sys.exit(f"ecdctr: not what the snapshots give: {'; '.join(changed)}")
+
+
+def _packed_again(options: argparse.Namespace, ref: WindowRef, dtype: str) -> WindowRef | None:
+    """What the snapshots of a window's months give now, ids and vectors and all; None without."""
+    from embeddings_store import ENTITIES, pack_window, read_snapshot, window_months
+    from embeddings_store.precision import PRECISIONS
+
+    months = window_months(ref.window)
+    if any(not (options.workspace / "snapshots" / month).is_dir() for month in months):
+        return None
+    precision = next(known for known in PRECISIONS if known == dtype)
+    snapshots = {m: {e: read_snapshot(options.workspace, e, m) for e in ENTITIES} for m in months}
+    return pack_window(ref.window, snapshots, precision).ref
 
 
 def _store_gc(options: argparse.Namespace) -> None:
@@ -186,7 +216,7 @@ def _store_gc(options: argparse.Namespace) -> None:
 def _opened_store(options: argparse.Namespace) -> Iterator[Store]:
     from embeddings_store import open_store
 
-    store = open_store(_store_url(options))
+    store = open_store(_store_url(options), max_mbps=getattr(options, "max_mbps", None))
     try:
         yield store
     finally:
@@ -272,7 +302,8 @@ def _update(options: argparse.Namespace) -> None:
     from training.recipes import complete_journey
     from training.update import TIERS, run_update
 
-    store = open_store(options.store) if options.store else None
+    url = options.store or os.environ.get("ECDCTR_STORE")
+    store = open_store(url, max_mbps=options.max_mbps) if url else None
     outcome = run_update(
         _workspace(options),
         options.asof,
@@ -343,7 +374,7 @@ def _demo(options: argparse.Namespace) -> None:
     from training.demo import run_demo
     from training.recipes import complete_journey
 
-    run_demo(_workspace(options), complete_journey(), options.seed)
+    run_demo(_workspace(options), complete_journey(), options.seed, options.store)
 
 
 def _workspace(options: argparse.Namespace) -> Workspace:
@@ -446,8 +477,9 @@ def _add_training(verbs: _Verbs) -> None:
         "--window", type=_month, required=True, metavar="YYYY-MM", help="its last month"
     )
     _store(verb)
+    _max_mbps(verb)
     verb = _verb(verbs, "update", "train what is due, export, promote what passes", _update)
-    _asof(verb)
+    _asof(verb, datetime.now(UTC).date())
     verb.add_argument("--only", choices=["tpm", "cpm", "actr"], help="one tier (default: all)")
     verb.add_argument("--force", action="store_true", help="promote a refused bundle")
     verb.add_argument(
@@ -457,7 +489,10 @@ def _add_training(verbs: _Verbs) -> None:
     verb.add_argument(
         "--wait-s", type=float, default=0.0, help="for another update to end (default: %(default)s)"
     )
-    verb.add_argument("--store", help="a redis:// URL or path that gets the window too")
+    verb.add_argument(
+        "--store", help="a URL or path that gets the window too (default: $ECDCTR_STORE)"
+    )
+    _max_mbps(verb)
     _lag(verb)
     _seed(verb)
     verb = _verb(verbs, "simulate", "replay history, an update and its scores a day", _simulate)
@@ -477,6 +512,11 @@ def _add_training(verbs: _Verbs) -> None:
     verb.add_argument("name", help="which one, such as 'tiers'; a wrong name lists them all")
     verb.add_argument("--quick", action="store_true", help="a size that only shows that it runs")
     verb = _verb(verbs, "demo", "all of it, on real data, in one go", _demo)
+    verb.add_argument(
+        "--store",
+        default="",
+        help="serve from a Redis server: its URL, or 'redis' for one that is started for it",
+    )
     _seed(verb)
 
 
@@ -528,13 +568,15 @@ def _verb(verbs: _Verbs, name: str, text: str, run: object) -> argparse.Argument
     return verb
 
 
-def _asof(verb: argparse.ArgumentParser) -> None:
+def _asof(verb: argparse.ArgumentParser, default: date | None = None) -> None:
+    text = "the day it is for: it learns from the days before"
     verb.add_argument(
         "--asof",
         type=_day,
-        required=True,
+        required=default is None,
+        default=default,
         metavar="YYYY-MM-DD",
-        help="the day it is for: it learns from the days before",
+        help=text + (" (default: today in UTC)" if default else ""),
     )
 
 
@@ -567,6 +609,12 @@ def _lag(verb: argparse.ArgumentParser) -> None:
     )
 
 
+def _max_mbps(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--max-mbps", type=_above_zero, help="megabytes a second that a server is sent at most"
+    )
+
+
 def _store(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--store", help="a path or redis:// URL (default: the workspace's)")
 
@@ -580,6 +628,16 @@ def _day(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day like 2017-11-01") from None
+
+
+def _above_zero(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above 0")
+    return value
 
 
 def _month(text: str) -> str:

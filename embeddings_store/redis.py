@@ -102,6 +102,8 @@ class RedisStore:
                     location = self._address.location
                     raise StoreCorrupt(f"{location}: window {window.ref} reads back wrong")
                 self._move(Meta.of(window, tables, digests), "unfinished", "windows")
+            elif self._stored("unfinished", window.ref) is not None:  # a repair was broken off
+                self._client.hdel(self._index("unfinished"), str(window.ref))
         return window.ref
 
     def windows(self) -> list[WindowRef]:
@@ -130,7 +132,7 @@ class RedisStore:
             meta = self._complete(ref)
             for entity, table in meta.tables.items():
                 digest = hashlib.sha256()
-                for tag, start, stop in slices(table.num_buckets):
+                for tag, start, stop in slices(entity, table.num_buckets):
                     keys = bucket_keys(self._base(ref), entity, tag, range(start, stop))
                     for content in self._mget(keys):
                         digest.update(content or b"")
@@ -152,8 +154,8 @@ class RedisStore:
 
     def close(self) -> None:
         """Close the blocking connections. Readers are closed on their own."""
-        if "_client" in vars(self):
-            self._client.close()
+        if (client := vars(self).pop("_client", None)) is not None:
+            client.close()
 
     @cached_property
     def _client(self) -> redis.Redis | RedisCluster:
@@ -164,7 +166,7 @@ class RedisStore:
             "retry": Retry(NoBackoff(), 1),
         }
         if not self._address.is_cluster:
-            return redis.Redis(connection_pool=redis.ConnectionPool(**options))
+            return redis.Redis.from_pool(redis.ConnectionPool(**options))
         seeds = [ClusterNode(*seed) for seed in self._address.seeds]  # type: ignore[no-untyped-call]
         for name in ("host", "port"):
             options.pop(name, None)
@@ -197,7 +199,7 @@ class RedisStore:
         stop); `progress` is called after each in buckets."""
         done, total = 0, sum(num_buckets.values())
         for entity, num in num_buckets.items():
-            for tag, start, stop in slices(num):
+            for tag, start, stop in slices(entity, num):
                 keys = bucket_keys(self._base(ref), entity, tag, range(start, stop))
                 yield keys, (entity, start, stop)
                 done += stop - start

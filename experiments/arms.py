@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from datetime import date
 from typing import Literal
 
+from embeddings_store.precision import Precision
 from training.recipes import Recipe, complete_journey
 
 Start = Literal["random", "cpm", "continued", "mixed", "ads only"]
@@ -53,6 +54,8 @@ class Arm:
     """A feature spec in `experiments.features`; empty for the data set's own."""
     reference: str = ""
     """One of `experiments.references`, instead of a network; it learns from the same rows."""
+    precision: Precision = "float16"
+    """How vectors of windows are stored, in training and in scoring."""
     hides: tuple[str, ...] = ()
     """Windows that are away when scoring: "user", "item"."""
 

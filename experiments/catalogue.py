@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, timedelta
 
+from embeddings_store.precision import PRECISIONS
 from experiments.arms import Arm, Split
 from experiments.features import SHORT
 from experiments.references import REFERENCES, TREES_AND_WINDOWS
@@ -304,6 +305,14 @@ def counts(size: Size) -> Experiment:
     )
 
 
+def precision(size: Size) -> Experiment:
+    """What the store may round."""
+    arms: dict[str, Arm] = {name: replace(size.base, precision=name) for name in PRECISIONS}
+    cells = _cells(size.split, "", arms, "float32")
+    question = "What does it cost to store vectors of windows in fewer bytes?"
+    return _experiment("precision", "Bytes of a vector", question, "", cells, size.seeds)
+
+
 EXPERIMENTS: dict[str, Callable[[Size], Experiment]] = {
     "tiers": tiers,
     "alignment": alignment,
@@ -318,6 +327,7 @@ EXPERIMENTS: dict[str, Callable[[Size], Experiment]] = {
     "continuity": continuity,
     "degraded": degraded,
     "counts": counts,
+    "precision": precision,
 }
 
 

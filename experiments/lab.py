@@ -176,12 +176,14 @@ class Lab:
             root.mkdir(exist_ok=True)
             if not (root / "data").is_symlink():
                 (root / "data").symlink_to(self.data.resolve())
-            workspace = Workspace(root)
+            workspace = Workspace(root, arm.precision)
             train_through(workspace, arm.last_snapshot, arm.snapshots, arm.recipe.tpm, seed)
         return workspace
 
     def _tpm_key(self, arm: Arm, seed: int) -> str:
-        return key(arm.recipe.tpm, arm.last_snapshot, arm.snapshots, seed) if arm.tpm else ""
+        if not arm.tpm:
+            return ""
+        return key(arm.recipe.tpm, arm.last_snapshot, arm.snapshots, arm.precision, seed)
 
     def _kept(self, kind: str, name: str, make: Callable[[], _T]) -> _T:
         """What `make` returns; made once, by whoever comes first, and read from disk after that."""

