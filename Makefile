@@ -6,13 +6,13 @@ BIN := .venv/bin
 PEERS := build/bench/peers/deepctr_torch/ready build/bench/peers/fuxictr/ready
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo serve test lint check format clean bench-training
+.PHONY: help demo serve test lint check format clean bench-store bench-training check-k8s check-container
 
 help: ## Show what there is
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
 
-demo: .venv/train ## Real data to served scores: import, train, evaluate, export, serve, score
-	$(BIN)/ecdctr --workspace $(WORKSPACE) demo
+demo: .venv/$(if $(STORE),dev,train) ## Real data to served scores: import, train, evaluate, export, serve, score
+	$(BIN)/ecdctr --workspace $(WORKSPACE) demo $(if $(STORE),--store $(STORE))
 
 serve: .venv/train ## Serve the model of the demo on port 8000 until stopped
 	$(BIN)/ecdctr --workspace $(WORKSPACE) serve --port $(PORT)
@@ -21,6 +21,15 @@ test: lint ## Lint, types and all tests (starts and stops the servers that it ne
 	$(BIN)/python -m pytest
 
 check: test ## The same: what CI runs
+
+check-k8s: .venv/dev ## The Kubernetes manifests: schemas, rules, planted faults
+	$(BIN)/python -m pytest tests/test_k8s.py tests/test_operations.py
+
+check-container: .venv/dev ## The images: install as the Dockerfile does, and score from there
+	$(BIN)/python -m pytest tests/test_container.py
+
+bench-store: .venv/dev ## Memory, publishing and lookups of the store, on real servers
+	$(BIN)/python -m benchmarks.store
 
 bench-training: .venv/train $(PEERS) ## Training speed beside DeepCTR-Torch and FuxiCTR
 	$(BIN)/python -m benchmarks.training

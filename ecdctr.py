@@ -521,6 +521,8 @@ def _add_training(verbs: _Verbs) -> None:
 
 
 def _add_serving(verbs: _Verbs) -> None:
+    from loadtest.command import add_parser
+
     verb = _verb(verbs, "promote", "make a bundle the current one", _promote)
     verb.add_argument("id", help="the bundle's id, as 'export' printed it")
     _registry_option(verb)
@@ -560,6 +562,7 @@ def _add_serving(verbs: _Verbs) -> None:
         action="store_true",
         help="also what was left half published; not while anybody publishes",
     )
+    add_parser(verbs)
 
 
 def _verb(verbs: _Verbs, name: str, text: str, run: object) -> argparse.ArgumentParser:

@@ -37,6 +37,7 @@ VERBS = [
     "promote",
     "rollback",
     "serve",
+    "loadtest",
     "score",
 ]
 

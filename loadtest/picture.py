@@ -1,0 +1,103 @@
+"""A run at a glance: rate, latency, and which model answered, second by second."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from loadtest.report import PhaseReport, Report, Second
+
+COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
+
+
+def draw(report: Report, path: Path) -> None:
+    """Writes the picture, PNG or SVG by the end of its name, to a temporary name and renames."""
+    figure = Figure(figsize=(11, 8), layout="constrained")
+    rate, latency, models = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
+    starts = _starts(report.phases)
+    _rates(rate, report.phases, starts)
+    _latencies(latency, report, starts)
+    _models(models, report.phases, starts)
+    for axis in (rate, latency, models):
+        _shade(axis, report.phases, starts)
+    _names(rate, report.phases, starts)
+    models.set_xlabel(f"seconds of load; {report.target}, {report.started}")
+    draft = path.with_name(f".{os.getpid()}.{path.name}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(draft, dpi=110)
+    draft.replace(path)
+
+
+def _starts(phases: Sequence[PhaseReport]) -> list[float]:
+    return list(accumulate((phase.seconds for phase in phases), initial=0.0))[:-1]
+
+
+def _points(
+    phases: Sequence[PhaseReport], starts: Sequence[float]
+) -> tuple[list[float], list[Second]]:
+    """The middles of all seconds, and the seconds."""
+    pairs = [
+        (start + second.second + 0.5, second)
+        for phase, start in zip(phases, starts, strict=True)
+        for second in phase.timeline
+    ]
+    return [x for x, _ in pairs], [second for _, second in pairs]
+
+
+def _rates(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
+    x, seconds = _points(phases, starts)
+    axis.step(x, [s.due for s in seconds], where="mid", color="#222222", lw=1, label="due")
+    kinds = sorted({kind for second in seconds for kind in second.failed})
+    rows = [[s.ok - s.degraded for s in seconds], [s.degraded for s in seconds]]
+    rows += [[s.failed.get(kind, 0) for s in seconds] for kind in kinds]
+    labels = ["ok", "ok, degraded", *kinds]
+    colours = ["#448361", "#cb912f", *("#c1352c", "#9065b0", "#c14c8a", "#787774", "#0b6e99") * 2]
+    for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
+        below = [sum(column) for column in zip(*rows[:i], strict=True)] or [0] * len(x)
+        axis.bar(x, row, 1.0, below, color=colours[i % len(colours)], alpha=0.7, label=label)
+    axis.set_ylim(0, 1.05 * max((s.due for s in seconds), default=1))
+    axis.set_ylabel("requests by second due")
+    axis.legend(loc="upper left", fontsize=8)
+
+
+def _latencies(axis: Axes, report: Report, starts: Sequence[float]) -> None:
+    x, seconds = _points(report.phases, starts)
+    for i, name in enumerate(("p50_ms", "p99_ms", "max_ms")):
+        axis.plot(x, [getattr(s, name) for s in seconds], ".-", color=COLOURS[i], lw=1, label=name)
+    if report.limits.slo_p99_ms:
+        axis.axhline(report.limits.slo_p99_ms, color="#c1352c", ls="--", lw=1, label="limit of p99")
+    axis.set_yscale("log")
+    axis.set_ylabel("ms from intended time")
+    axis.grid(alpha=0.3)
+    axis.legend(loc="upper left", fontsize=8)
+
+
+def _models(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
+    x, seconds = _points(phases, starts)
+    below = [0.0] * len(x)
+    for i, model in enumerate(sorted({m for second in seconds for m in second.models})):
+        shares = [s.models.get(model, 0) / max(1, s.ok) for s in seconds]
+        axis.bar(x, shares, 1.0, below, color=COLOURS[i % len(COLOURS)], alpha=0.7, label=model)
+        below = [a + b for a, b in zip(below, shares, strict=True)]
+    axis.set_ylabel("share of ok, by model")
+    if seconds:
+        axis.legend(loc="upper left", fontsize=8)
+
+
+def _shade(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
+    for i, (phase, start) in enumerate(zip(phases, starts, strict=True)):
+        if i % 2:
+            axis.axvspan(start, start + phase.seconds, color="#000000", alpha=0.06, lw=0)
+        for event in phase.events:
+            axis.axvline(start + event.at_s, color="#787774", lw=0.7, ls=":")
+
+
+def _names(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
+    for phase, start in zip(phases, starts, strict=True):
+        where = (start + phase.seconds / 2, 1.01)
+        axis.text(*where, phase.plan.name, transform=axis.get_xaxis_transform(), ha="center")
