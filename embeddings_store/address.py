@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,22 +48,28 @@ def _parse(url: str) -> Address:
     if scheme not in SCHEMES:
         raise ValueError(scheme)
     # The parser knows one host; the others of a cluster share all else with it.
-    authority, slash, path = rest.partition("/")
+    # An @ or # further on means that a password was not encoded, and the first part of it would be
+    # taken for the host.
+    parts = re.fullmatch(r"([^/?#]*)([^@#]*)", rest)
+    if parts is None:
+        raise ValueError(rest)
+    authority, tail = parts.groups()
     credentials, at, hosts = authority.rpartition("@")
     first, *others = hosts.split(",")
-    single = f"{plain}://{credentials}{at}{first}{slash}{path}"
-    blocking, asynchronous = _options(parse_url, single), _options(parse_url_async, single)
+    single = f"{plain}://{credentials}{at}{first}{tail}"
+    # No client name: a reader's new connection costs no round trip beyond AUTH and SELECT.
+    blocking = _options(parse_url, single)
+    asynchronous = {**_options(parse_url_async, single), "driver_info": None}
     seeds = () if plain == "unix" else tuple(_host_port(host) for host in (first, *others))
     if others and not is_cluster:
         raise ValueError(hosts)
     if is_cluster and blocking.pop("db", 0) + asynchronous.pop("db", 0):
-        raise ValueError(path)  # a cluster has one database
+        raise ValueError(tail)  # a cluster has one database
     return Address(_location(blocking, seeds), is_cluster, seeds, blocking, asynchronous)
 
 
 def _options(parse: Callable[[str], Any], url: str) -> dict[str, Any]:
-    # Protocol 2 and no client name: a new connection costs no round trip beyond AUTH and SELECT.
-    return {**parse(url), "protocol": 2, "driver_info": None, "decode_responses": False}
+    return {**parse(url), "protocol": 2, "decode_responses": False}
 
 
 def _host_port(text: str) -> tuple[str, int]:

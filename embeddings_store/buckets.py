@@ -15,7 +15,8 @@ asyncio client, valkey 9.1 with libc's allocator:
 Hashes need one command per bucket, which costs the client more than everything else, and become
 compact only with a server setting that managed servers may refuse. Strings need one MGET (in a
 cluster one for each of 64 hash tags) and no setting.
-Every row carries its id, so that a reply which belongs to another question can not pass for ours.
+Every row carries its id, XOR the build: a reply that belongs to another question, or a bucket of
+another build, holds rows that do not belong into the bucket, and can not pass for ours.
 Empty buckets are stored too: a bucket that is not there was lost, and that is not "absent".
 """
 
@@ -124,6 +125,11 @@ def row_dtype(dim: int, dtype: str) -> np.dtype[np.void]:
     return np.dtype([("id", "<u8"), ("bits", "u1"), ("block", *block)])
 
 
+def mask_of(ref: WindowRef) -> np.uint64:
+    """What the ids in a build's rows are XORed with."""
+    return np.uint64(int(ref.build, 16))
+
+
 def slot_of(key: bytes) -> int:
     """The slot of a cluster in which a key without braces, or the text in them, lies."""
     return binascii.crc_hqx(key, 0) % NUM_SLOTS
@@ -174,11 +180,12 @@ def bucket_keys(base: str, entity: Entity, tag: int, buckets: Sequence[int]) -> 
 class Buckets:
     """The rows of a table in bucket order, made into bytes a slice at a time."""
 
-    def __init__(self, entity: Entity, table: PackedTable, dim: int, dtype: str) -> None:
+    def __init__(self, entity: Entity, table: PackedTable, window: PackedWindow) -> None:
+        self._mask = mask_of(window.ref)
         self.num_rows = len(table.ids)
         self.num_buckets = max(1, -(-self.num_rows // ROWS_PER_BUCKET[entity]))
         self._table = table
-        self._dtype = row_dtype(dim, dtype)
+        self._dtype = row_dtype(window.dim, window.dtype)
         buckets = bucket_of(table.ids, self.num_buckets)
         self._order = np.argsort(buckets, kind="stable")
         self._ends = np.searchsorted(buckets[self._order], np.arange(self.num_buckets + 1))
@@ -188,7 +195,7 @@ class Buckets:
         ends = self._ends[start : stop + 1]
         picked = self._order[ends[0] : ends[-1]]
         rows = np.empty(len(picked), dtype=self._dtype)
-        rows["id"] = self._table.ids[picked]
+        rows["id"] = self._table.ids[picked] ^ self._mask
         rows["bits"] = self._table.bits[picked]
         rows["block"] = self._table.block[picked]
         raw = rows.tobytes()
@@ -249,7 +256,7 @@ class Question:
     def _pick(self, rows: NDArray[np.void]) -> Windows:
         if not len(rows):
             return all_absent(len(self.ids), self.meta.dim)
-        stored: Ids = rows["id"].copy()
+        stored: Ids = rows["id"] ^ mask_of(self.meta.ref)
         order = np.argsort(stored)
         at = np.searchsorted(stored, self.ids, sorter=order)
         picked: Rows = order.take(at, mode="clip")
@@ -270,7 +277,8 @@ class Question:
         sound = rests == 0
         rows = np.frombuffer(b"".join(itertools.compress(replies, sound)), dtype=dtype)  # type: ignore[arg-type]
         places = np.repeat(np.flatnonzero(sound), counts[sound])
-        belong = bucket_of(rows["id"], self.meta.tables[self.entity].num_buckets)
+        ids: Ids = rows["id"] ^ mask_of(self.meta.ref)
+        belong = bucket_of(ids, self.meta.tables[self.entity].num_buckets)
         strange = belong != self.buckets[places].astype(np.uint64)
         if strange.any():
             sound[places[strange]] = False
@@ -286,4 +294,4 @@ class Question:
         size = row_dtype(self.meta.dim, self.meta.dtype).itemsize
         if len(reply) % size:
             return StoreCorrupt(f"{what}: a bucket is not a whole number of {size} bytes")
-        return StoreCorrupt(f"{what}: a bucket holds rows of another bucket")
+        return StoreCorrupt(f"{what}: a bucket holds rows of another bucket or build")

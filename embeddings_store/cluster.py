@@ -74,6 +74,7 @@ class Cluster:
         self._masters: list[_Endpoint] = []
         """Of each slot."""
         self._watcher: asyncio.Task[None] | None = None
+        self._is_closed = False
 
     async def open(self) -> None:
         await self._refresh(self._address.seeds)
@@ -81,7 +82,11 @@ class Cluster:
     async def hget(self, key: str, field: str) -> bytes | None:
         start, end = key.index("{"), key.index("}")
         node = self._nodes[self._masters[slot_of(key[start + 1 : end].encode())]]
-        (reply,) = await node.ask([("HGET", key, field)], _soon())
+        command = ("HGET", key, field)
+        (reply,) = await node.ask([command], _soon())
+        if isinstance(reply, AskError):  # or MovedError, which is one: its slot moves
+            node = self._node((reply.host, reply.port))
+            _, reply = await node.ask([("ASKING",), command], _soon())
         return cast("bytes | None", _checked(reply, node))
 
     async def mget(self, parts: Sequence[Part], deadline_s: float) -> list[Reply]:
@@ -101,6 +106,7 @@ class Cluster:
         return flat
 
     async def close(self) -> None:
+        self._is_closed = True
         if self._watcher is not None:
             self._watcher.cancel()
             with contextlib.suppress(asyncio.CancelledError):
@@ -132,7 +138,9 @@ class Cluster:
             if isinstance(error, MovedError):
                 node = self._node((error.host, error.port))
                 (reply,) = await node.ask([("MGET", *keys)], deadline_s)
-                return list(_checked(reply, node))
+                if isinstance(reply, list):
+                    return reply
+                error = reply  # it moves on already
             if isinstance(error, AskError | TryAgainError):
                 return await self._one_by_one(node, keys, deadline_s)
             return list(_checked(error, node))
@@ -165,13 +173,15 @@ class Cluster:
         return self._nodes[endpoint]
 
     def _watch(self) -> None:
-        if self._watcher is None or self._watcher.done():
+        if not self._is_closed and (self._watcher is None or self._watcher.done()):
             self._watcher = asyncio.create_task(self._refresh_until_well())
 
     async def _refresh_until_well(self) -> None:
         while True:
             with contextlib.suppress(StoreError):
-                await self._refresh(sorted(self._nodes, key=lambda at: self._nodes[at].is_away))
+                known = sorted(self._nodes, key=lambda at: self._nodes[at].is_away)
+                # At last by the names that they were first found by: all addresses may be new.
+                await self._refresh([*known, *self._address.seeds])
                 if not any(self._nodes[endpoint].is_away for endpoint in set(self._masters)):
                     return
             await asyncio.sleep(PROBE_PAUSE_S)

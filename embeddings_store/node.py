@@ -37,18 +37,24 @@ TRANSLATIONS: tuple[tuple[type[Exception], type[StoreError]], ...] = (
     (redis.exceptions.MaxConnectionsError, StoreBusy),
     (redis.exceptions.AuthenticationError, StoreRejected),
     (redis.exceptions.AuthorizationError, StoreRejected),
-    (redis.exceptions.ClusterDownError, StoreUnavailable),
+    (redis.exceptions.ClusterError, StoreUnavailable),
+    (redis.exceptions.TryAgainError, StoreUnavailable),
     (redis.exceptions.ResponseError, StoreRejected),
     (redis.exceptions.TimeoutError, StoreTimeout),
     (redis.exceptions.ConnectionError, StoreUnavailable),
     (redis.exceptions.RedisError, StoreError),
+    (redis.exceptions.RedisClusterException, StoreUnavailable),  # no RedisError
     (OSError, StoreUnavailable),
 )
-FOREIGN = (redis.exceptions.RedisError, OSError)
+FOREIGN = (redis.exceptions.RedisError, redis.exceptions.RedisClusterException, OSError)
 
 
 def translate(error: Exception, location: str) -> StoreError:
     """Our error for one of redis-py's."""
+    if isinstance(error, redis.exceptions.RedisClusterException):
+        # It stands for whatever the last server that was tried said.
+        cause = error.__cause__
+        error = cause if isinstance(cause, FOREIGN) else error
     ours = next(ours for foreign, ours in TRANSLATIONS if isinstance(error, foreign))
     return ours(f"{location}: {error}")
 
@@ -115,6 +121,7 @@ class Node:
                 is_queued = True
                 async with self._turns:
                     is_queued = False
+                    await self._reachable(deadline_s)  # it may have failed in the meantime
                     return await self._asked(commands)
         except TimeoutError:
             if is_queued:
@@ -148,7 +155,7 @@ class Node:
                         return await self._exchange(connection, commands)
                 except redis.exceptions.ConnectionError:
                     pass  # closed while it lay idle, or on the way: another is as good
-                await connection.disconnect(nowait=True)
+                await _drop(connection)
             return await self._exchange(self._new(), commands)
         finally:
             self._num_active -= 1
@@ -164,10 +171,11 @@ class Node:
             is_whole = not self._is_closed
             return replies
         finally:
-            if is_whole:
+            # Replies that are still to come are not for whoever would use it next.
+            if is_whole and len(self._idle) < self._max_connections:
                 self._idle.append(connection)
-            else:  # replies that are still to come are not for whoever would use it next
-                await connection.disconnect(nowait=True)
+            else:
+                await _drop(connection)
 
     async def _reachable(self, deadline_s: float) -> None:
         if self._is_closed:
@@ -219,13 +227,13 @@ class Node:
                         raise failed
         except BaseException:
             for connection in made:
-                await connection.disconnect(nowait=True)
+                await _drop(connection)
             raise
         self._idle += made
 
     async def _drop_idle(self) -> None:
         while self._idle:
-            await self._idle.pop().disconnect(nowait=True)
+            await _drop(self._idle.pop())
 
     def _new(self) -> AbstractConnection:
         connection: AbstractConnection = self._connection_class(**self._options)
@@ -234,6 +242,13 @@ class Node:
 
 async def _connect(connection: AbstractConnection) -> None:
     await connection.connect()  # type: ignore[no-untyped-call]
+
+
+async def _drop(connection: AbstractConnection) -> None:
+    """Without a good-bye, for whose answer TLS would wait half a minute."""
+    if connection._writer is not None:
+        connection._writer.transport.abort()
+    await connection.disconnect(nowait=True)
 
 
 async def _reply(connection: AbstractConnection) -> Any:

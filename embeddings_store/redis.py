@@ -90,7 +90,7 @@ class RedisStore:
         A window that is there already is left alone if its sample is right, else written again.
         """
         tables = {
-            entity: Buckets(entity, table, window.dim, window.dtype)
+            entity: Buckets(entity, table, window)
             for entity, table in window.tables.items()
         }
         with self._translated():

@@ -7,9 +7,7 @@ import json
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -24,7 +22,6 @@ from servers import (
     ClusterServers,
     Server,
     debian_redis,
-    free_port,
     running_cluster,
     running_server,
 )
@@ -36,13 +33,8 @@ from embeddings_store import (
     Reader,
     Snapshot,
     Store,
-    StoreBusy,
     StoreClosed,
     StoreCorrupt,
-    StoreError,
-    StoreRejected,
-    StoreTimeout,
-    StoreUnavailable,
     WindowNotFound,
     WindowRef,
     Windows,
@@ -52,8 +44,7 @@ from embeddings_store import (
     window_months,
     write_snapshot,
 )
-from embeddings_store.buckets import ROWS_PER_BUCKET, bucket_keys
-from embeddings_store.node import TRANSLATIONS, translate
+from embeddings_store.buckets import ROWS_PER_BUCKET
 from embeddings_store.precision import PRECISIONS
 
 DIM = 4
@@ -432,145 +423,6 @@ def test_a_removal_that_was_broken_off_hides_the_window_and_completes(redis_plac
         store.remove(window.ref)
 
 
-def bucket_key(place: Place, ref: WindowRef, bucket: int) -> bytes:
-    base = f"{place.prefix}:{ref.window}:{ref.build}"
-    return bucket_keys(base, "items", 0, [bucket])[0]
-
-
-@pytest.mark.parametrize("damage", ["longer", "shorter", "swapped", "lost"])
-def test_a_damaged_bucket_is_corrupt_and_not_absent(
-    server: Server, redis_place: Place, damage: str
-) -> None:
-    ids = many_ids(1000)
-    store, window = redis_place.open(), window_of(ids)
-    ref = store.publish(window)
-    key = bucket_key(redis_place, ref, 0)
-    with redis.Redis(port=server.port) as client:
-        content = client.get(key)
-        assert content
-        if damage == "longer":
-            client.append(key, b"x")
-        elif damage == "shorter":
-            client.set(key, content[:-1])
-        elif damage == "swapped":
-            client.set(key, client.get(bucket_key(redis_place, ref, 1)) or b"")
-        else:
-            client.delete(key)
-    got = look(redis_place.open(), ref, "items", ids)
-    assert got.failure is not None
-    assert isinstance(got.failure.error, StoreCorrupt)
-    lost = got.failure.rows
-    assert 0 < lost.sum() < 20  # those of the damaged bucket
-    assert not got.present[lost].any()
-    assert not got.vectors[lost].any()
-    assert got.present[~lost].all()
-    with pytest.raises(StoreCorrupt):
-        look(redis_place.open(), ref, "items", ids[lost])
-    with pytest.raises(StoreCorrupt):
-        store.check(ref)
-    assert look(redis_place.open(), ref, "users", ids).present.all()
-    store.publish(window)
-    assert look(redis_place.open(), ref, "items", ids).present.all()
-
-
-def test_a_window_under_the_name_of_another_build_is_refused(
-    server: Server, redis_place: Place
-) -> None:
-    ref = redis_place.open().publish(window_of(uint64(1)))
-    with redis.Redis(port=server.port) as client:
-        index = f"{{{redis_place.prefix}}}:windows"
-        meta = client.hget(index, str(ref))
-        client.hset(index, mapping={str(UNKNOWN): meta, str(ref): b"{}"})
-    for damaged, complaint in ((UNKNOWN, "is that of"), (ref, "is damaged")):
-        with pytest.raises(StoreCorrupt, match=complaint):
-            look(redis_place.open(), damaged, "items", uint64(1))
-
-
-async def usable(reader: Reader, ids: np.ndarray) -> None:
-    """Returns once the reader answers; fails when it does not within a second."""
-    give_up_at_s = time.monotonic() + 1
-    while True:
-        try:
-            await reader.lookup("items", ids, deadline_ms=LONG_MS)
-            return
-        except StoreUnavailable:
-            assert time.monotonic() < give_up_at_s
-            await asyncio.sleep(0.01)
-
-
-def test_a_frozen_server_costs_the_deadline_and_is_used_again_afterwards() -> None:
-    ids = many_ids(1000)
-
-    async def run(server: Server) -> None:
-        store = open_store(server.url)
-        reader = await store.reader(store.publish(window_of(ids)))
-        server.freeze()
-        for _ in range(3):
-            start_s = time.monotonic()
-            with pytest.raises(StoreUnavailable):  # at first because of the deadline
-                await reader.lookup("items", ids[:50], deadline_ms=30)
-            assert time.monotonic() - start_s < 0.2
-        server.thaw()
-        await usable(reader, ids[:1])
-        # The replies of the three lookups above arrive now, for connections that are closed.
-        for start in range(100, 300, 50):
-            got = await reader.lookup("items", ids[start : start + 50], deadline_ms=LONG_MS)
-            expected = (ids[start : start + 50] % np.uint64(1000)).astype(np.float32) + 0.6
-            assert got.present.all()
-            assert got.vectors[:, 0, 0] == pytest.approx(expected, rel=1e-5)
-        await reader.close()
-        store.close()
-
-    with running_server() as server:
-        asyncio.run(run(server))
-
-
-def test_a_cancelled_lookup_does_not_leave_its_reply_to_the_next() -> None:
-    ids = many_ids(1000)
-
-    async def run(server: Server) -> None:
-        store = open_store(server.url, max_connections=1)
-        reader = await store.reader(store.publish(window_of(ids)))
-        for start in range(0, 500, 50):
-            server.freeze()
-            asked = asyncio.create_task(reader.lookup("items", ids[:50], deadline_ms=LONG_MS))
-            await asyncio.sleep(0.01)
-            asked.cancel()
-            server.thaw()
-            with pytest.raises(asyncio.CancelledError):
-                await asked
-            got = await reader.lookup("items", ids[start : start + 50], deadline_ms=LONG_MS)
-            expected = (ids[start : start + 50] % np.uint64(1000)).astype(np.float32) + 0.6
-            assert got.present.all()
-            assert got.vectors[:, 0, 0] == pytest.approx(expected, rel=1e-5)
-        await reader.close()
-        store.close()
-
-    with running_server() as server:
-        asyncio.run(run(server))
-
-
-def test_a_full_pool_is_busy_and_told_apart_from_a_slow_server() -> None:
-    async def run(server: Server) -> None:
-        store = open_store(server.url, max_connections=1)
-        reader = await store.reader(store.publish(window_of(uint64(1))))
-        server.freeze()
-        first = asyncio.create_task(reader.lookup("items", uint64(1), deadline_ms=200))
-        await asyncio.sleep(0.01)
-        with pytest.raises(StoreBusy):
-            await reader.lookup("items", uint64(1), deadline_ms=20)
-        with pytest.raises(StoreTimeout):
-            await first
-        server.thaw()
-        await usable(reader, uint64(1))
-        assert (await reader.lookup("items", uint64(1), deadline_ms=LONG_MS)).present.all()
-        await reader.close()
-        store.close()
-
-    with running_server() as server:
-        asyncio.run(run(server))
-
-
 def test_more_lookups_than_connections_wait_for_their_turn(redis_place: Place) -> None:
     ids = many_ids(100)
     ref = redis_place.open().publish(window_of(ids))
@@ -581,154 +433,6 @@ def test_more_lookups_than_connections_wait_for_their_turn(redis_place: Place) -
 
     answers = with_reader(redis_place.open(max_connections=2), ref, use)
     assert all(answer.present.all() for answer in answers)
-
-
-def test_a_refused_connection_is_unavailable() -> None:
-    store = open_store(f"redis://127.0.0.1:{free_port()}/0")
-    with pytest.raises(StoreUnavailable, match=r"127\.0\.0\.1"):
-        asyncio.run(store.reader(UNKNOWN))
-    with pytest.raises(StoreUnavailable):
-        store.windows()
-
-
-def test_a_server_that_dies_makes_an_open_reader_unavailable() -> None:
-    async def run() -> None:
-        with running_server() as server:
-            store = open_store(server.url)
-            reader = await store.reader(store.publish(window_of(uint64(1))))
-            store.close()
-        with pytest.raises(StoreUnavailable):
-            await reader.lookup("items", uint64(1), deadline_ms=LONG_MS)
-        await reader.close()
-
-    asyncio.run(run())
-
-
-def chain(error: BaseException | None) -> str:
-    """All that a log of the error could show."""
-    texts = []
-    while error is not None:
-        texts += [str(error), repr(error)]
-        hidden = error.__suppress_context__
-        error = error.__cause__ or (None if hidden else error.__context__)
-    return " ".join(texts)
-
-
-def test_a_password_is_in_no_error_and_no_repr() -> None:
-    with running_server(password="s3cret") as server:
-        store = open_store(server.url)
-        ref = store.publish(window_of(uint64(1)))
-        assert look(store, ref, "items", uint64(1)).present.all()
-        wrong = open_store(server.url.replace("s3cret", "hunter2"))
-        anonymous = open_store(server.url.replace(":s3cret@", ""))
-        for refused in (wrong, anonymous):
-            with pytest.raises(StoreRejected) as caught:
-                refused.windows()
-            assert "hunter2" not in chain(caught.value) + repr(refused)
-            with pytest.raises(StoreRejected) as caught:
-                asyncio.run(refused.reader(ref))
-            assert "hunter2" not in chain(caught.value)
-            refused.close()
-    with pytest.raises(StoreUnavailable) as caught_unavailable:
-        store.windows()
-    assert "s3cret" not in chain(caught_unavailable.value) + repr(store)
-    for url in ("redis://:hunter/2@host:6379/0", "redis://:hunter2@host:port/0", "gopher://hunter"):
-        with pytest.raises(ValueError, match="redis") as caught_url:
-            open_store(url)
-        assert "hunter" not in chain(caught_url.value)
-
-
-def test_a_full_server_rejects_and_shows_no_half_window() -> None:
-    options = ["--maxmemory", "4mb", "--maxmemory-policy", "noeviction"]
-    with running_server(*options) as server:
-        store = open_store(server.url)
-        with pytest.raises(StoreRejected):
-            store.publish(window_of(many_ids(40_000)))
-        assert store.windows() == []
-        store.close()
-
-
-def test_a_server_that_evicts_while_a_window_is_published_shows_no_half_window() -> None:
-    options = ["--maxmemory", "4mb", "--maxmemory-policy", "allkeys-random"]
-    with running_server(*options) as server:
-        store = open_store(server.url)
-        with pytest.raises(StoreCorrupt, match="reads back wrong"):
-            store.publish(window_of(many_ids(40_000)))
-        assert store.windows() == []
-        store.close()
-
-
-@asynccontextmanager
-async def far_away(server: Server, one_way_s: float) -> AsyncIterator[str]:
-    """The URL of a proxy that passes on every chunk of either direction after `one_way_s`."""
-
-    ends: list[asyncio.StreamWriter] = []
-    pumps: list[asyncio.Task[None]] = []
-
-    async def pump(source: asyncio.StreamReader, sink: asyncio.StreamWriter) -> None:
-        with suppress(ConnectionError):
-            while chunk := await source.read(1 << 16):
-                await asyncio.sleep(one_way_s)
-                sink.write(chunk)
-        sink.close()
-
-    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        far_reader, far_writer = await asyncio.open_connection("127.0.0.1", server.port)
-        ends.extend((writer, far_writer))
-        pumps.append(asyncio.create_task(pump(reader, far_writer)))
-        pumps.append(asyncio.create_task(pump(far_reader, writer)))
-
-    proxy = await asyncio.start_server(serve, "127.0.0.1", 0)
-    port = proxy.sockets[0].getsockname()[1]
-    try:
-        yield server.url.replace(str(server.port), str(port))
-    finally:
-        proxy.close()
-        for end in ends:
-            end.close()
-        await asyncio.gather(*(end.wait_closed() for end in ends), return_exceptions=True)
-        await asyncio.gather(*pumps)
-
-
-def test_lookups_recover_although_connecting_takes_longer_than_their_deadline() -> None:
-    async def run(server: Server) -> None:
-        near = server.url.replace("/0", "/1")
-        ref = open_store(near).publish(window_of(uint64(1)))
-        async with far_away(server, one_way_s=0.05) as url:
-            reader = await open_store(url.replace("/0", "/1"), max_connections=2).reader(ref)
-            with redis.Redis(port=server.port, password=server.password) as client:
-                client.client_kill_filter(_type="normal", skipme=True)
-            await asyncio.sleep(0.1)
-            # Signing in, choosing the database and asking are three round trips of 100 ms.
-            with pytest.raises(StoreTimeout):
-                await reader.lookup("items", uint64(1), deadline_ms=280)
-            give_up_at_s = time.monotonic() + 5
-            present = False
-            while not present and time.monotonic() < give_up_at_s:
-                with suppress(StoreUnavailable):
-                    answer = await reader.lookup("items", uint64(1), deadline_ms=280)
-                    present = bool(answer.present.all())
-            assert present
-            await reader.close()
-
-    with running_server(password="s3cret") as server:
-        asyncio.run(run(server))
-
-
-def test_every_error_of_the_client_library_has_a_translation() -> None:
-    foreign = [
-        kind
-        for kind in vars(redis.exceptions).values()
-        if isinstance(kind, type) and issubclass(kind, redis.exceptions.RedisError)
-    ]
-    assert len(foreign) > 10
-    for kind in foreign:
-        assert any(issubclass(kind, known) for known, _ in TRANSLATIONS)
-    refused = redis.exceptions.AuthenticationError("no")
-    assert type(translate(refused, "there")) is StoreRejected
-    assert issubclass(StoreTimeout, StoreUnavailable)
-    assert not issubclass(StoreBusy, StoreTimeout)
-    assert all(issubclass(ours, StoreError) for _, ours in TRANSLATIONS)
 
 
 # Packing.
