@@ -14,29 +14,37 @@ from bundle.items import ItemTable
 from bundle.manifest import (
     FEATURES,
     GOLDEN,
+    ITEM_MODEL,
     ITEMS,
     MODEL,
+    PARTS,
     VOCABULARY,
     BundleError,
     Manifest,
     read_manifest,
     verify,
 )
+from bundle.parts import Floats, read_parts
 from bundle.spec import read_spec
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """The parts of one bundle. The item table and the model stay on disk, memory-mapped."""
+    """What one bundle holds. Item table, parts of items and models stay on disk, memory-mapped."""
 
     folder: Path
     manifest: Manifest
     encoder: Encoder
+    parts: Floats
     golden: list[Golden]
 
     @property
     def model(self) -> Path:
         return self.folder / MODEL
+
+    @property
+    def item_model(self) -> Path:
+        return self.folder / ITEM_MODEL
 
 
 def open_artifact(folder: Path, *, check: bool = True) -> Artifact:
@@ -55,7 +63,9 @@ def open_artifact(folder: Path, *, check: bool = True) -> Artifact:
     with _reading(folder, VOCABULARY):
         encoder = Encoder(spec, json.loads((folder / VOCABULARY).read_text()), items)
     _check_widths(items, len(spec.of("item", "categorical")), len(spec.of("item", "numeric")))
-    return Artifact(folder, manifest, encoder, golden)
+    with _reading(folder, PARTS):
+        parts = read_parts(folder / PARTS, len(items.keys))
+    return Artifact(folder, manifest, encoder, parts, golden)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from bundle.ids import Id, Keys, hash_ids
 from bundle.items import ItemTable
+from bundle.match import History
 from bundle.spec import Entity, Feature, Spec
 
 Value = str | int | float | None
@@ -54,14 +55,16 @@ class Request:
     """Number of times, one per history item."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Encoded:
-    """What the network reads (but for the TPM windows), and what the store is asked for.
+    """What the network reads of a request (but for the TPM windows and what belongs to the items
+    alone), and what the store is asked for.
 
     inputs: user_cat int32 [1, Fu], user_num float32 [1, 2 Gu], context_cat int32 [1, Fc],
-    context_num float32 [1, 2 Gc], history_item int64 [1, L], history_cat int32 [1, L, M],
-    history_num float32 [1, L, 2] (age in days, count), item_key int64 [N], item_cat int32 [N, Fi],
-    item_num float32 [N, 2 Gi]; L is at least 1, padding has item 0.
+    context_num float32 [1, 2 Gc]; history_item int64 [1, A], history_cat int32 [1, A, M] and
+    history_num float32 [1, A, 2] (age in days, count) of the newest A = `attend` steps, padded with
+    zeros; match float32 [N, W], see `bundle.match`; given_cat int32 [N, Fg] and given_num float32
+    [N, 2 Gg] of the features that only a request knows.
     missing: by feature name, in how many of the N candidates (1 for user and context) it is absent.
     """
 
@@ -70,6 +73,12 @@ class Encoded:
     """uint64 [1]"""
     item_keys: Keys
     """uint64 [N]"""
+    item_rows: npt.NDArray[np.int64]
+    """[N], of the item table; unknown items have its row of missing values."""
+    item_cat: npt.NDArray[np.int32] | None
+    """int32 [N, Fi], where the request has other values than the item table; else None, and
+    `Encoder.item_inputs` gives them. item_num, float32 [N, 2 Gi], likewise."""
+    item_num: npt.NDArray[np.float32] | None
     missing: dict[str, int]
 
 
@@ -85,8 +94,10 @@ class Encoder:
         self._known = {table: _places(table, values) for table, values in vocabulary.items()}
         self._user, self._context = _Columns(spec, "user"), _Columns(spec, "context")
         self._item = _Columns(spec, "item")
+        self._given = _given(self._item)
         item_cat = [f.name for f in self._item.categorical]
         self._match_columns = [item_cat.index(name) for name in spec.history.match]
+        self._rows: dict[Id, int] = {}
 
     def categorical(
         self, feature: Feature, values: Sequence[Value], field: str
@@ -122,16 +133,44 @@ class Encoder:
         self._check(request)
         missing: dict[str, int] = {}
         inputs: Arrays = {}
-        num_history = len(request.history_items)
-        # In one go: a call costs as much as a hundred ids.
-        keys = hash_ids([*request.history_items, *request.item_ids])
-        history_keys, item_keys = keys[:num_history], keys[num_history:]
+        keys, rows = self._look_up(request.item_ids)
         user = {**request.user_features, "user_id": request.user_id}
         self._single(inputs, missing, self._user, user, "user.features")
         self._single(inputs, missing, self._context, request.context, "context")
-        self._history(inputs, missing, request, history_keys)
-        self._candidates(inputs, missing, request, item_keys)
-        return Encoded(inputs, hash_ids([request.user_id]), item_keys, missing)
+        categorical, numeric = self._items(missing, request, rows)
+        self._given_columns(inputs, missing, request)
+        self._history(inputs, missing, request, keys, self._matched(rows, categorical))
+        user_key = hash_ids([request.user_id])
+        return Encoded(inputs, user_key, keys, rows, categorical, numeric, missing)
+
+    def item_inputs(self, encoded: Encoded, places: npt.NDArray[np.int64]) -> Arrays:
+        """item_cat int32 [m, Fi] and item_num float32 [m, 2 Gi] of the candidates at m places."""
+        rows = encoded.item_rows[places]
+        categorical, numeric = encoded.item_cat, encoded.item_num
+        return {
+            "item_cat": self.items.categorical.take(rows, axis=0)
+            if categorical is None
+            else categorical[places],
+            "item_num": self.items.numeric.take(rows, axis=0)
+            if numeric is None
+            else numeric[places],
+        }
+
+    def _look_up(self, ids: Sequence[Id]) -> tuple[Keys, npt.NDArray[np.int64]]:
+        """Keys and rows of items. Those that are known are remembered, since a look-up in a
+        dictionary takes a fifth of hashing an id; unknown ones are not, for they have no bound."""
+        known = self._rows
+        rows = np.array([known.get(value, -1) for value in ids], np.int64)
+        table = self.items.keys
+        keys = table.take(rows, mode="clip") if len(table) else np.zeros(len(ids), np.uint64)
+        new = np.flatnonzero(rows < 0)
+        if new.size:
+            texts = [ids[place] for place in new.tolist()]
+            keys[new] = hash_ids(texts)
+            rows[new] = found = self.items.rows(keys[new])
+            is_known = found < self.items.missing_row
+            known.update((texts[place], int(found[place])) for place in np.flatnonzero(is_known))
+        return keys, rows
 
     def _check(self, request: Request) -> None:
         _check_names(request.user_features, self._user.names, "user.features")
@@ -167,21 +206,59 @@ class Encoder:
         pairs = _pairs(columns.is_log, numbers, lambda place: at(columns.numeric[place])(0))
         inputs[f"{columns.entity}_cat"] = np.array([indices], np.int32)
         inputs[f"{columns.entity}_num"] = pairs.reshape(1, -1)
-        _count_missing(missing, columns, inputs)
+        _count_missing(missing, columns, inputs, columns.entity)
 
     def _history(
-        self, inputs: Arrays, missing: dict[str, int], request: Request, keys: Keys
+        self,
+        inputs: Arrays,
+        missing: dict[str, int],
+        request: Request,
+        item_keys: Keys,
+        item_matched: npt.NDArray[np.int32],
     ) -> None:
         ages = self._history_column(request.history_age_days, "user.history.age_days")
         counts = self._history_column(request.history_count, "user.history.count")
+        keys, rows = self._look_up(request.history_items)
         if not keys.size:
             missing[self.spec.history.name] = 1
-            keys, ages, counts = np.zeros(1, np.uint64), np.zeros(1), np.zeros(1)
         newest = np.argsort(ages, kind="stable")[: self.spec.history.max_length]
-        columns = np.stack([ages[newest], counts[newest]], axis=1)
-        inputs["history_item"] = keys[newest].astype(np.int64)[None]
-        inputs["history_cat"] = self.history_categorical(self.items.rows(keys[newest]))[None]
-        inputs["history_num"] = columns.astype(np.float32)[None]
+        keys, ages, counts = keys[newest].astype(np.int64), ages[newest], counts[newest]
+        matched = self.history_categorical(rows[newest])
+        columns = range(len(self._match_columns))
+        levels = [(keys, item_keys.astype(np.int64))]
+        levels += [(matched[:, i], item_matched[:, i]) for i in columns]  # type: ignore[misc]
+        inputs["match"] = History(ages, counts).match(levels)  # type: ignore[arg-type]
+        numbers = np.stack([ages, counts], axis=1).astype(np.float32)
+        inputs["history_item"] = self._newest(keys)
+        inputs["history_cat"], inputs["history_num"] = self._newest(matched), self._newest(numbers)
+
+    def whole_history(self, request: Request) -> Arrays:
+        """history_item int64 [1, L], history_cat int32 [1, L, M] and history_num float32 [1, L, 2]
+        of all steps that `match` counts; at least one, of zeros."""
+        ages = self._history_column(request.history_age_days, "user.history.age_days")
+        counts = self._history_column(request.history_count, "user.history.count")
+        newest = np.argsort(ages, kind="stable")[: self.spec.history.max_length]
+        keys, rows = self._look_up(request.history_items)
+        length = max(len(newest), 1)
+        numbers = np.stack([ages[newest], counts[newest]], axis=1).astype(np.float32)
+        return {
+            "history_item": _padded(keys[newest].astype(np.int64), length),
+            "history_cat": _padded(self.history_categorical(rows[newest]), length),
+            "history_num": _padded(numbers, length),
+        }
+
+    def _newest(self, steps: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
+        """[1, A, ...] of steps [L, ...], newest first."""
+        return _padded(steps[: self.spec.history.attend], self.spec.history.attend)
+
+    def _matched(
+        self, rows: npt.NDArray[np.int64], categorical: npt.NDArray[np.int32] | None
+    ) -> npt.NDArray[np.int32]:
+        """The matched features int32 [N, M] of the candidates."""
+        if categorical is None:
+            return self.history_categorical(rows)
+        columns: npt.NDArray[np.int32] = categorical[:, self._match_columns]
+        return columns
 
     def _history_column(self, values: Sequence[float], field: str) -> npt.NDArray[np.float64]:
         at = _in_column(field)
@@ -191,27 +268,72 @@ class Encoder:
         )
         return numbers
 
-    def _candidates(
-        self, inputs: Arrays, missing: dict[str, int], request: Request, keys: Keys
+    def _items(
+        self, missing: dict[str, int], request: Request, rows: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int32] | None, npt.NDArray[np.float32] | None]:
+        """Columns in which the request's values have replaced the item table's; None without."""
+        table, given = self.items, request.item_features
+        categorical = numeric = None
+        if any(f.name in given and not f.given for f in self._item.categorical):
+            # take() is twice as fast as indexing and copies too.
+            categorical = table.categorical.take(rows, axis=0)
+            for i, feature in enumerate(self._item.categorical):
+                if feature.name in given and not feature.given:
+                    values = self._column(feature, request)
+                    categorical[:, i] = np.where(values > 0, values, categorical[:, i])
+        if any(f.name in given and not f.given for f in self._item.numeric):
+            numeric = table.numeric.take(rows, axis=0)
+            for i, feature in enumerate(self._item.numeric):
+                if feature.name in given and not feature.given:
+                    pairs, pair = self._pair(feature, request), slice(2 * i, 2 * i + 2)
+                    numeric[:, pair] = np.where(pairs[:, 1:] > 0, pairs, numeric[:, pair])
+        self._count_absent(missing, rows, categorical, numeric)
+        return categorical, numeric
+
+    def _given_columns(self, inputs: Arrays, missing: dict[str, int], request: Request) -> None:
+        """What only the request knows of its candidates."""
+        num, given = len(request.item_ids), request.item_features
+        columns = [
+            self._column(f, request) if f.name in given else np.zeros(num, np.int32)
+            for f in self._given.categorical
+        ]
+        pairs = [
+            self._pair(f, request) if f.name in given else np.zeros((num, 2), np.float32)
+            for f in self._given.numeric
+        ]
+        inputs["given_cat"] = np.stack(columns, 1) if columns else np.zeros((num, 0), np.int32)
+        inputs["given_num"] = np.concatenate(pairs, 1) if pairs else np.zeros((num, 0), np.float32)
+        _count_missing(missing, self._given, inputs, "given")
+
+    def _column(self, feature: Feature, request: Request) -> npt.NDArray[np.int32]:
+        field = f"candidates.features.{feature.name}"
+        return self.categorical(feature, request.item_features[feature.name], field)
+
+    def _pair(self, feature: Feature, request: Request) -> npt.NDArray[np.float32]:
+        field = f"candidates.features.{feature.name}"
+        return self.numeric(feature, request.item_features[feature.name], field)
+
+    def _count_absent(
+        self,
+        missing: dict[str, int],
+        rows: npt.NDArray[np.int64],
+        categorical: npt.NDArray[np.int32] | None,
+        numeric: npt.NDArray[np.float32] | None,
     ) -> None:
-        rows = self.items.rows(keys)
-        # take() is twice as fast as indexing and copies too.
-        categorical = self.items.categorical.take(rows, axis=0)
-        numeric = self.items.numeric.take(rows, axis=0)
-        for i, feature in enumerate(self._item.categorical):
-            if feature.name in request.item_features:
-                field = f"candidates.features.{feature.name}"
-                given = self.categorical(feature, request.item_features[feature.name], field)
-                categorical[:, i] = np.where(given > 0, given, categorical[:, i])
-        for i, feature in enumerate(self._item.numeric):
-            if feature.name in request.item_features:
-                field = f"candidates.features.{feature.name}"
-                filled = self.numeric(feature, request.item_features[feature.name], field)
-                pair = slice(2 * i, 2 * i + 2)
-                numeric[:, pair] = np.where(filled[:, 1:] > 0, filled, numeric[:, pair])
-        inputs["item_key"] = keys.astype(np.int64)
-        inputs["item_cat"], inputs["item_num"] = categorical, numeric
-        _count_missing(missing, self._item, inputs)
+        """Notes in how many candidates each feature of the item table is absent."""
+        features = (*self._item.categorical, *self._item.numeric)
+        marks = self.items.absent.take(rows, axis=0)
+        counts = np.zeros(len(features), np.int64)
+        if marks.any():
+            counts += np.unpackbits(marks, axis=1, count=len(features)).sum(axis=0, dtype=np.int64)
+        num_categorical = len(self._item.categorical)
+        if categorical is not None:
+            counts[:num_categorical] = (categorical == 0).sum(axis=0)
+        if numeric is not None:
+            counts[num_categorical:] = (numeric[:, 1::2] == 0).sum(axis=0)
+        for feature, num in zip(features, counts.tolist(), strict=True):
+            if num and not feature.given:
+                missing[feature.name] = num
 
     def _indices(self, feature: Feature, values: Sequence[Value], at: _At) -> npt.NDArray[np.int32]:
         if feature.encoding == "bucketise":
@@ -241,6 +363,20 @@ class _Columns:
         self.is_log = np.array([f.encoding == "log" for f in self.numeric], np.bool_)
         # What a request may name: ids and the history stand elsewhere in it.
         self.names = {f.name for f in self.categorical + self.numeric} - {"user_id", "item_id"}
+
+
+@dataclass(frozen=True)
+class _Given:
+    """The features of items that only a request knows, by kind."""
+
+    categorical: tuple[Feature, ...]
+    numeric: tuple[Feature, ...]
+
+
+def _given(items: _Columns) -> _Given:
+    return _Given(
+        tuple(f for f in items.categorical if f.given), tuple(f for f in items.numeric if f.given)
+    )
 
 
 def _places(table: str, values: Sequence[str]) -> dict[str | None, int]:
@@ -337,9 +473,18 @@ def _check_length(column: Sequence[object], length: int, field: str) -> None:
         raise FeatureError(field, f"{len(column)} values", f"a column of {length} values")
 
 
-def _count_missing(missing: dict[str, int], columns: _Columns, inputs: Arrays) -> None:
-    """Notes in how many rows each feature of an entity is absent."""
-    present = inputs[f"{columns.entity}_cat"] != 0, inputs[f"{columns.entity}_num"][:, 1::2] != 0
+def _padded(steps: npt.NDArray[np.generic], length: int) -> npt.NDArray[np.generic]:
+    """[1, length, ...] of steps [L, ...], with zeros behind."""
+    padded = np.zeros((1, length, *steps.shape[1:]), steps.dtype)
+    padded[0, : len(steps)] = steps
+    return padded
+
+
+def _count_missing(
+    missing: dict[str, int], columns: _Columns | _Given, inputs: Arrays, prefix: str
+) -> None:
+    """Notes in how many rows each of some features is absent."""
+    present = inputs[f"{prefix}_cat"] != 0, inputs[f"{prefix}_num"][:, 1::2] != 0
     for features, there in zip((columns.categorical, columns.numeric), present, strict=True):
         for feature, num in zip(features, there.sum(axis=0).tolist(), strict=True):
             if num < len(there):

@@ -11,8 +11,9 @@ import numpy.typing as npt
 
 from bundle.ids import Keys
 
-_FILES = ("keys", "categorical", "numeric")
-_DTYPES = (np.dtype(np.uint64), np.dtype(np.int32), np.dtype(np.float32))
+_FILES = ("keys", "categorical", "numeric", "absent")
+_DTYPES = (np.dtype(np.uint64), np.dtype(np.int32), np.dtype(np.float32), np.dtype(np.uint8))
+_NDIMS = (1, 2, 2, 2)
 _T = TypeVar("_T", bound=np.generic)
 
 
@@ -25,12 +26,15 @@ class ItemTable:
     """Encoded item features, sorted by key, with a last row of zeros that stands for *missing*.
 
     keys: uint64 [n], rising. categorical: int32 [n + 1, F]. numeric: float32 [n + 1, 2 G], a value
-    and a presence mark per feature. Columns stand in the order of the spec.
+    and a presence mark per feature. absent: uint8 [n + 1, ceil((F + G) / 8)], a bit per feature,
+    set where it has no value, as `numpy.packbits` packs them. Columns stand in the order of the
+    spec, categorical features first.
     """
 
     keys: Keys
     categorical: npt.NDArray[np.int32]
     numeric: npt.NDArray[np.float32]
+    absent: npt.NDArray[np.uint8]
 
     @classmethod
     def build(
@@ -38,7 +42,9 @@ class ItemTable:
     ) -> ItemTable:
         """A table of n rows in any order: categorical int32 [n, F], numeric float32 [n, 2 G]."""
         order = np.argsort(keys)
-        return cls(keys[order], _with_missing(categorical[order]), _with_missing(numeric[order]))
+        columns, numbers = _with_missing(categorical[order]), _with_missing(numeric[order])
+        absent = np.concatenate([columns == 0, numbers[:, 1::2] == 0], axis=1)
+        return cls(keys[order], columns, numbers, np.packbits(absent, axis=1))
 
     @classmethod
     def read(cls, folder: Path) -> ItemTable:
@@ -52,20 +58,24 @@ class ItemTable:
             arrays = [np.asarray(np.load(folder / f"{n}.npy", mmap_mode="r")) for n in _FILES]
         except (OSError, ValueError, EOFError) as error:
             raise ItemTableError(f"{folder}: unreadable item table: {error}") from error
-        keys, categorical, numeric = arrays
-        for array, dtype, ndim in zip(arrays, _DTYPES, (1, 2, 2), strict=True):
+        keys, categorical, numeric, absent = arrays
+        for array, dtype, ndim in zip(arrays, _DTYPES, _NDIMS, strict=True):
             if (array.dtype, array.ndim) != (dtype, ndim):
                 raise ItemTableError(
                     f"{folder}: {array.dtype} in {array.ndim} dimensions, not {dtype} in {ndim}"
                 )
         if not (keys[1:] > keys[:-1]).all():
             raise ItemTableError(f"{folder}: keys do not rise")
-        if not len(keys) + 1 == len(categorical) == len(numeric):
+        num_rows = {len(categorical), len(numeric), len(absent)}
+        if num_rows != {len(keys) + 1}:
             raise ItemTableError(
                 f"{folder}: {len(keys)} keys need {len(keys) + 1} rows, there are"
                 f" {len(categorical)} categorical and {len(numeric)} numeric ones"
             )
-        return cls(keys, categorical, numeric)
+        num_bits = categorical.shape[1] + numeric.shape[1] // 2
+        if absent.shape[1] != -(-num_bits // 8):
+            raise ItemTableError(f"{folder}: absent marks are not of {num_bits} features")
+        return cls(keys, categorical, numeric, absent)
 
     def write(self, folder: Path) -> None:
         """Writes the table into `folder`, which is created."""

@@ -13,15 +13,17 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FEATURES = "features.toml"
 VOCABULARY = "vocabulary.json"
 MODEL = "actr.onnx"
+ITEM_MODEL = "items.onnx"
+PARTS = "items/part.npy"
 ITEMS = "items"
 GOLDEN = "golden.json"
 REFERENCE = "reference.json"
-REQUIRED = (FEATURES, VOCABULARY, MODEL, GOLDEN, REFERENCE)
+REQUIRED = (FEATURES, VOCABULARY, MODEL, ITEM_MODEL, PARTS, GOLDEN, REFERENCE)
 
 
 class BundleError(ValueError):
@@ -54,7 +56,7 @@ class Lineage:
 
 @dataclass(frozen=True)
 class Tensor:
-    """One input of the graph; a dimension is a number or a name (of what varies)."""
+    """One input of a graph; a dimension is a number or a name (of what varies)."""
 
     name: str
     dtype: str
@@ -92,6 +94,9 @@ class Manifest:
     window: Window
     lineage: Lineage
     inputs: tuple[Tensor, ...]
+    """Of the graph that scores."""
+    item_inputs: tuple[Tensor, ...]
+    """Of the graph that computes what belongs to an item alone."""
     metrics: dict[str, float]
     """Held-out figures by name, as measured before the bundle was written; may be empty."""
     gates: tuple[Verdict, ...] = ()
@@ -180,13 +185,17 @@ def _parse(document: dict[str, Any], path: Path) -> Manifest:
         raise BundleError(f"{path}: schema version {found!r}, this program reads {SCHEMA_VERSION}")
     lineage = dict(document["lineage"])
     lineage["tpm_months"] = tuple(lineage["tpm_months"])
-    inputs = (Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in document["inputs"])
+    inputs, item_inputs = (
+        tuple(Tensor(t["name"], t["dtype"], tuple(t["shape"])) for t in document[key])
+        for key in ("inputs", "item_inputs")
+    )
     return Manifest(
         **{
             **document,
             "window": Window(**document["window"]),
             "lineage": Lineage(**lineage),
-            "inputs": tuple(inputs),
+            "inputs": inputs,
+            "item_inputs": item_inputs,
             "gates": tuple(Verdict(**one) for one in document.get("gates", ())),
             "files": dict(document["files"].items()),
         }

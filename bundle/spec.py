@@ -67,6 +67,8 @@ class Feature:
     """Name of the embedding table; features that name the same table share it."""
     basic: bool = False
     """TPM uses it."""
+    given: bool = False
+    """Item: only a request knows its value, so the item table has none."""
     count: Count | None = None
     """Set for point-in-time counts, which are derived from the event log."""
     max_length: int = 0
@@ -163,8 +165,8 @@ def _check(feature: Feature, where: str) -> None:
     if feature.kind == "history":
         if feature.entity != "user":
             raise refuse(f"entity is {feature.entity!r}, a history is the user's")
-        if not 0 < feature.attend <= feature.max_length:
-            raise refuse("needs 0 < attend <= max_length")
+        if not 0 < feature.attend <= feature.max_length or feature.given:
+            raise refuse("needs 0 < attend <= max_length, and is not given")
         return
     if feature.encoding not in _ENCODINGS[feature.kind]:
         raise refuse(f"encoding is {feature.encoding!r}, must be one of {_ENCODINGS[feature.kind]}")
@@ -178,6 +180,8 @@ def _check(feature: Feature, where: str) -> None:
         raise refuse(f"boundaries {feature.boundaries} must rise strictly")
     if feature.count:
         _check_count(feature, feature.count, refuse)
+    if feature.given and (feature.entity != "item" or feature.count or feature.basic):
+        raise refuse("only an item's feature can be given, and none that is counted or basic")
 
 
 def _check_count(feature: Feature, count: Count, refuse: Callable[[str], SpecError]) -> None:
@@ -203,6 +207,8 @@ def _check_together(features: tuple[Feature, ...], where: str) -> None:
     for match in histories[0].match:
         if match not in item_categorical:
             raise SpecError(f"{where}: history matches {match!r}, no categorical item feature")
+        if any(f.name == match and f.given for f in features):
+            raise SpecError(f"{where}: history matches {match!r}, which the item table has not")
     for first in features:
         for second in features:
             if first.table == second.table and _shape(first) != _shape(second):

@@ -19,6 +19,7 @@ import onnxruntime as ort
 
 from bundle.artifact import Artifact
 from bundle.encode import Arrays, Encoded, Request
+from bundle.parts import ItemParts, Places
 from embeddings_store import (
     Failure,
     Reader,
@@ -37,6 +38,7 @@ from service.errors import DeadlineExceededError, ImpossibleScoreError
 
 Scores = npt.NDArray[np.float32]
 OUTPUT = "score"
+PART = "part"
 NUM_MONTHS = 3
 
 REASONS: Mapping[type[StoreError], str] = {
@@ -105,22 +107,30 @@ class Scored:
     """Vectors in the store that held a NaN or an infinity, and count as absent."""
 
 
+@dataclass(frozen=True)
+class Sessions:
+    """The two graphs of a bundle."""
+
+    scores: ort.InferenceSession
+    items: ort.InferenceSession
+
+
 class Scorer:
-    """One bundle with its session and its reader, both of which it owns."""
+    """One bundle with its sessions and its reader, all of which it owns."""
 
     def __init__(
-        self,
-        artifact: Artifact,
-        session: ort.InferenceSession,
-        reader: Reader,
-        store_deadline_ms: float,
+        self, artifact: Artifact, sessions: Sessions, reader: Reader, store_deadline_ms: float
     ) -> None:
         self.artifact = artifact
         self.in_flight = 0
-        self._session: ort.InferenceSession | None = session
+        self._sessions: Sessions | None = sessions
+        encoder = artifact.encoder
+        self._parts = ItemParts(encoder, artifact.parts, self._run_items)
+        self._computed = ItemParts(encoder, None, self._run_items)
         self.reader = reader
         self._store_deadline_ms = store_deadline_ms
         self._inputs = [tensor.name for tensor in artifact.manifest.inputs]
+        self._item_inputs = [tensor.name for tensor in artifact.manifest.item_inputs]
 
     @property
     def id(self) -> str:
@@ -148,26 +158,40 @@ class Scorer:
             encoded = self.artifact.encoder.request(request)
         if not len(encoded.item_keys):
             return Scored(self.id, np.zeros(0, np.float32), {}, encoded.missing)
+        lacking = self._parts.lacking(encoded)
         with stages.timed("lookup"):
-            windows, degraded = await self._look_up(encoded, deadline)
+            windows, degraded = await self._look_up(encoded, lacking, deadline)
         deadline.remaining_ms()
         with stages.timed("run"):
-            scores = self.run({**encoded.inputs, **window_inputs(windows)})
-        missing = {**encoded.missing, **_missing_windows(windows)}
+            part = self._parts.of(encoded, lacking, item_inputs(windows.items))
+            scores = self._run({**encoded.inputs, **user_inputs(windows.user), "item_part": part})
+        missing = {**encoded.missing, **_missing_windows(windows, part)}
         num_invalid = windows.user.num_invalid + windows.items.num_invalid
         return Scored(self.id, scores, degraded, missing, num_invalid)
 
-    def run(self, inputs: Arrays) -> Scores:
-        """The model's scores float32 [N] for the arrays of `Encoded.inputs` and the four windows.
+    def score_now(
+        self, request: Request, windows: RequestWindows, *, from_table: bool = True
+    ) -> Scores:
+        """Scores float32 [N] with given windows, of all candidates; `from_table` is False to
+        compute the parts of all items. For checks.
 
         Raises:
+            FeatureError: a value can't be encoded.
             ImpossibleScoreError: not one finite number in 0 .. 1 per candidate.
         """
-        assert self._session is not None, "a released scorer was used"
+        encoded = self.artifact.encoder.request(request)
+        parts = self._parts if from_table else self._computed
+        lacking = parts.lacking(encoded)
+        items = Windows(windows.items.vectors[lacking], windows.items.present[lacking])
+        part = parts.of(encoded, lacking, item_inputs(items))
+        return self._run({**encoded.inputs, **user_inputs(windows.user), "item_part": part})
+
+    def _run(self, inputs: Arrays) -> Scores:
+        assert self._sessions is not None, "a released scorer was used"
         feed = {name: inputs[name] for name in self._inputs}
-        (scores,) = self._session.run([OUTPUT], feed)
-        expected = inputs["item_key"].shape
+        (scores,) = self._sessions.scores.run([OUTPUT], feed)
         # Comparisons are false for NaN, so this refuses NaN and infinities too.
+        expected = (len(inputs["item_part"]),)
         if scores.shape != expected or not ((scores >= 0) & (scores <= 1)).all():
             raise ImpossibleScoreError(
                 f"{self.id}: scores outside 0 .. 1, or not one per candidate"
@@ -175,27 +199,38 @@ class Scorer:
         result: Scores = scores
         return result
 
+    def _run_items(self, inputs: Arrays) -> Scores:
+        assert self._sessions is not None, "a released scorer was used"
+        feed = {name: inputs[name] for name in self._item_inputs}
+        (part,) = self._sessions.items.run([PART], feed)
+        result: Scores = part
+        return result
+
     async def close(self) -> None:
         """Closes the reader; nothing may be in flight."""
         await self.reader.close()
 
     def release(self) -> None:
-        """Frees the session and its model; takes a while, so not on the event loop."""
-        self._session = None
+        """Frees the sessions and their models; takes a while, so not on the event loop."""
+        self._sessions = None
 
     async def _look_up(
-        self, encoded: Encoded, deadline: Deadline
+        self, encoded: Encoded, lacking: Places, deadline: Deadline
     ) -> tuple[RequestWindows, dict[str, str]]:
-        """The windows, absent where the store failed, and why: see `Scored.degraded`."""
+        """Windows of the user, and of the candidates whose parts are lacking; absent where the
+        store failed, and why: see `Scored.degraded`."""
         # Half of what is left: scores without windows in time are worth more than a 504.
         budget_ms = min(self._store_deadline_ms, deadline.remaining_ms() / 2)
         try:
-            user_id = int(encoded.user_key[0])
-            found = await self.reader.lookup_request(
-                user_id, encoded.item_keys, deadline_ms=budget_ms
-            )
+            if len(lacking):
+                user_id = int(encoded.user_key[0])
+                keys = encoded.item_keys[lacking]
+                found = await self.reader.lookup_request(user_id, keys, deadline_ms=budget_ms)
+            else:
+                user = await self.reader.lookup("users", encoded.user_key, deadline_ms=budget_ms)
+                found = RequestWindows(user, _absent(0, self.reader.dim))
         except StoreError as error:
-            found = _failed(len(encoded.item_keys), self.reader.dim, error)
+            found = _failed(len(lacking), self.reader.dim, error)
         return found, _degraded(found)
 
 
@@ -233,9 +268,10 @@ def _failed(num_items: int, dim: int, error: StoreError) -> RequestWindows:
 
 def _degraded(windows: RequestWindows) -> dict[str, str]:
     """Why windows are absent, by input, and under "store" why those of a second line are used."""
+    items = windows.items.failure
     errors = {
         "user_window": windows.user.failure and windows.user.failure.error,
-        "item_windows": windows.items.failure and windows.items.failure.error,
+        "item_windows": items.error if items and len(items.rows) else None,
         "store": windows.user.second_line or windows.items.second_line,
     }
     return {
@@ -248,28 +284,21 @@ def _absent(num: int, dim: int) -> Windows:
     return Windows(vectors, np.zeros((num, NUM_MONTHS), np.bool_))
 
 
-def window_inputs(windows: RequestWindows) -> Arrays:
-    """The graph's inputs: user_window float32 [1, 3, D + 1], user_window_present bool [1, 3],
-    item_window float32 [N, 3, D + 1], item_window_present bool [N, 3]."""
-    return {
-        "user_window": windows.user.vectors,
-        "user_window_present": windows.user.present,
-        "item_window": windows.items.vectors,
-        "item_window_present": windows.items.present,
-    }
+def user_inputs(user: Windows) -> Arrays:
+    """user_window float32 [1, 3, D + 1] and user_window_present bool [1, 3] for the graph."""
+    return {"user_window": user.vectors, "user_window_present": user.present}
 
 
-def _missing_windows(windows: RequestWindows) -> dict[str, int]:
+def item_inputs(items: Windows) -> Arrays:
+    """item_window float32 [m, 3, D + 1] and item_window_present bool [m, 3] for the item graph."""
+    return {"item_window": items.vectors, "item_window_present": items.present}
+
+
+def _missing_windows(windows: RequestWindows, part: Scores) -> dict[str, int]:
     """How many windows have no month at all in the store, by input; of those that it answered."""
+    num_failed = int(windows.items.failure.rows.sum()) if windows.items.failure else 0
     absent = {
-        "user_window": _num_absent(windows.user),
-        "item_windows": _num_absent(windows.items),
+        "user_window": int(not windows.user.present.any() and not windows.user.failure),
+        "item_windows": int((part[:, -1] == 0).sum()) - num_failed,
     }
     return {name: num for name, num in absent.items() if num}
-
-
-def _num_absent(windows: Windows) -> int:
-    absent = ~windows.present.any(axis=1)
-    if windows.failure:
-        absent &= ~windows.failure.rows
-    return int(absent.sum())

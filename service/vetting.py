@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -14,11 +14,29 @@ import onnxruntime as ort
 
 from bundle.artifact import Artifact, open_artifact
 from bundle.encode import Arrays, FeatureError, Request
-from bundle.golden import TOLERANCE
+from bundle.golden import TOLERANCE, Golden
 from bundle.manifest import BundleError, Manifest, Tensor, read_manifest
-from embeddings_store import Reader, StoreCorrupt, StoreError, WindowNotFound, WindowRef
+from embeddings_store import (
+    Reader,
+    RequestWindows,
+    StoreCorrupt,
+    StoreError,
+    WindowNotFound,
+    WindowRef,
+    Windows,
+)
 from embeddings_store.cache import CachedReader
-from service.scorer import OUTPUT, Scorer, absent_windows, open_session, window_inputs
+from service.scorer import (
+    OUTPUT,
+    PART,
+    Scorer,
+    Scores,
+    Sessions,
+    absent_windows,
+    item_inputs,
+    open_session,
+    user_inputs,
+)
 from service.windows import WindowSource
 
 log = logging.getLogger(__name__)
@@ -110,25 +128,52 @@ def _build(folder: Path, manifest: Manifest, reader: Reader, store_deadline_ms: 
     artifact = open_artifact(folder)
     if artifact.manifest != manifest or manifest.id != folder.name:
         raise BundleError(f"{folder.name}: its manifest is that of {artifact.manifest.id!r}")
-    session = _open_model(artifact)
-    _check_inputs(artifact, session)
-    scorer = Scorer(artifact, session, reader, store_deadline_ms)
+    sessions = Sessions(*(_open_model(artifact, path) for path in _models(artifact)))
+    _check_inputs(artifact, sessions)
+    scorer = Scorer(artifact, sessions, reader, store_deadline_ms)
     _check_golden(scorer)
     _warm_up(scorer)
     return scorer
 
 
-def _open_model(artifact: Artifact) -> ort.InferenceSession:
+def _models(artifact: Artifact) -> tuple[Path, Path]:
+    return artifact.model, artifact.item_model
+
+
+def _open_model(artifact: Artifact, path: Path) -> ort.InferenceSession:
     try:
-        return open_session(artifact.model)
+        return open_session(path)
     except Exception as error:  # onnxruntime's errors have no base of their own
-        raise RefusedError("model", f"{artifact.manifest.id}: {error}") from error
+        raise RefusedError("model", f"{artifact.manifest.id}: {path.name}: {error}") from error
 
 
-def _check_inputs(artifact: Artifact, session: ort.InferenceSession) -> None:
-    """The graph takes what the manifest lists, and the encoder makes it in that type and shape."""
-    bundle_id = artifact.manifest.id
-    listed = {tensor.name: tensor for tensor in artifact.manifest.inputs}
+def _check_inputs(artifact: Artifact, sessions: Sessions) -> None:
+    """The graphs take what the manifest lists, and the encoder makes it in that type and shape."""
+    manifest, request = artifact.manifest, _golden_request(artifact, 2)
+    encoded, dim = artifact.encoder.request(request), artifact.manifest.window.dim
+    windows, places = absent_windows(2, dim), np.arange(2)
+    items: Arrays = {
+        **artifact.encoder.item_inputs(encoded, places),
+        **item_inputs(windows.items),
+    }
+    made: Arrays = {
+        **encoded.inputs,
+        **user_inputs(windows.user),
+        "item_part": artifact.parts[:2],
+    }
+    _check_graph(manifest.id, sessions.items, manifest.item_inputs, items, PART, 2)
+    _check_graph(manifest.id, sessions.scores, manifest.inputs, made, OUTPUT, 1)
+
+
+def _check_graph(
+    bundle_id: str,
+    session: ort.InferenceSession,
+    expected: Sequence[Tensor],
+    made: Arrays,
+    output: str,
+    num_axes: int,
+) -> None:
+    listed = {tensor.name: tensor for tensor in expected}
     graph = {node.name: _tensor(node) for node in session.get_inputs()}
     if listed.keys() != graph.keys():
         differ = ", ".join(sorted(listed.keys() ^ graph.keys()))
@@ -136,14 +181,14 @@ def _check_inputs(artifact: Artifact, session: ort.InferenceSession) -> None:
             "inputs", f"{bundle_id}: in the manifest or the graph, not in both: {differ}"
         )
     outputs = [_tensor(node) for node in session.get_outputs()]
-    if [(o.name, o.dtype, len(o.shape)) for o in outputs] != [(OUTPUT, "float32", 1)]:
-        raise RefusedError("inputs", f"{bundle_id}: output is {outputs}, must be score float32 [N]")
-    made = _arrays(artifact, _golden_request(artifact, 2))
+    if [(o.name, o.dtype, len(o.shape)) for o in outputs] != [(output, "float32", num_axes)]:
+        right = f"{output} float32 in {num_axes} dimensions"
+        raise RefusedError("inputs", f"{bundle_id}: output is {outputs}, must be {right}")
     for name, tensor in graph.items():
         if name not in made:
             raise RefusedError("inputs", f"{bundle_id}: nothing makes the graph's input {name!r}")
-        for expected in (tensor, listed[name]):
-            _check_fits(bundle_id, name, made[name].dtype.name, made[name].shape, expected)
+        for wanted in (tensor, listed[name]):
+            _check_fits(bundle_id, name, made[name].dtype.name, made[name].shape, wanted)
 
 
 def _tensor(node: ort.NodeArg) -> Tensor:
@@ -171,31 +216,47 @@ def _check_golden(scorer: Scorer) -> None:
     """The recorded requests give the recorded scores, here too, and not one and the same score."""
     given = []
     for place, golden in enumerate(scorer.artifact.golden):
-        where = f"{scorer.id}: golden request {place}"
-        try:
-            encoded = scorer.artifact.encoder.request(golden.request)
-            scores = scorer.run({**encoded.inputs, **golden.windows})
-        except Exception as error:  # onnxruntime's errors have no base of their own
-            raise RefusedError("golden", f"{where}: {error}") from error
-        if scores.shape != golden.scores.shape:
-            raise RefusedError("golden", f"{where}: {len(scores)} scores, not {len(golden.scores)}")
-        worst = float(np.abs(scores - golden.scores).max(initial=0.0))
-        if not worst <= TOLERANCE:
-            raise RefusedError(
-                "golden", f"{where}: a score is off by {worst:.2g}, above {TOLERANCE:g}"
-            )
-        given.append(scores)
+        # Both with parts of the table and with computed ones: they are to give equal scores.
+        for from_table in (False, True):
+            where = f"{scorer.id}: golden request {place}{', from the table' * from_table}"
+            given.append(_golden_scores(scorer, golden, from_table, where))
     everything = np.concatenate(given)
     if np.ptp(everything) <= _SAME_SCORE * everything.max():
         raise RefusedError("constant", f"{scorer.id}: all golden scores are {everything.max():.6g}")
 
 
+def _golden_scores(scorer: Scorer, golden: Golden, from_table: bool, where: str) -> Scores:
+    try:
+        windows = golden_windows(golden)
+        scores = scorer.score_now(golden.request, windows, from_table=from_table)
+    except Exception as error:  # onnxruntime's errors have no base of their own
+        raise RefusedError("golden", f"{where}: {error}") from error
+    if scores.shape != golden.scores.shape:
+        raise RefusedError("golden", f"{where}: {len(scores)} scores, not {len(golden.scores)}")
+    worst = float(np.abs(scores - golden.scores).max(initial=0.0))
+    if not worst <= TOLERANCE:
+        raise RefusedError("golden", f"{where}: a score is off by {worst:.2g}, above {TOLERANCE:g}")
+    return scores
+
+
+def golden_windows(golden: Golden) -> RequestWindows:
+    """The windows that a golden request was recorded with."""
+    return RequestWindows(*(_windows_of(golden.windows, side) for side in ("user", "item")))
+
+
+def _windows_of(arrays: Arrays, side: str) -> Windows:
+    vectors, present = arrays[f"{side}_window"], arrays[f"{side}_window_present"]
+    return Windows(vectors.astype(np.float32), present.astype(np.bool_))
+
+
 def _warm_up(scorer: Scorer) -> None:
     """Runs every size without windows, which also shows that a degraded answer has scores."""
+    dim = scorer.artifact.manifest.window.dim
     for num in WARM_UP_SIZES:
-        inputs = _arrays(scorer.artifact, _golden_request(scorer.artifact, num))
+        request = _golden_request(scorer.artifact, num)
         try:
-            scorer.run(inputs)
+            for from_table in (False, True):
+                scorer.score_now(request, absent_windows(num, dim), from_table=from_table)
         except Exception as error:  # onnxruntime's errors have no base of their own
             text = f"{scorer.id}: {num} candidates without windows: {error}"
             raise RefusedError("model", text) from error
@@ -211,8 +272,3 @@ def _golden_request(artifact: Artifact, num: int) -> Request:
     raise RefusedError(
         "golden", f"{artifact.manifest.id}: golden.json has no request with candidates"
     )
-
-
-def _arrays(artifact: Artifact, request: Request) -> Arrays:
-    windows = absent_windows(len(request.item_ids), artifact.manifest.window.dim)
-    return {**artifact.encoder.request(request).inputs, **window_inputs(windows)}

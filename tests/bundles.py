@@ -29,22 +29,24 @@ from onnx import TensorProto, helper
 from bundle.artifact import open_artifact
 from bundle.encode import Arrays, Encoder, Request
 from bundle.golden import Golden, write_golden
-from bundle.ids import hash_distinct
+from bundle.ids import hash_distinct, hash_ids
 from bundle.items import ItemTable
 from bundle.manifest import Lineage, Manifest, Tensor, Window, seal
 from bundle.registry import Registry
 from bundle.spec import parse_spec, read_spec
 from embeddings_store import (
+    Entity,
     PackedWindow,
     RequestWindows,
     Snapshot,
     Store,
+    Windows,
     open_store,
     pack_window,
     window_months,
 )
 from service.app import create_app
-from service.scorer import Scores, absent_windows, window_inputs
+from service.scorer import Scores, item_inputs, user_inputs
 from service.settings import Settings
 
 DIM = 4
@@ -122,14 +124,17 @@ INPUTS: dict[str, tuple[int, list[int | str]]] = {
     "user_num": (_FLOAT, [1, 2]),
     "context_cat": (_INT32, [1, 1]),
     "context_num": (_FLOAT, [1, 2]),
-    "history_item": (_INT64, [1, "L"]),
-    "history_cat": (_INT32, [1, "L", 1]),
-    "history_num": (_FLOAT, [1, "L", 2]),
-    "item_key": (_INT64, ["N"]),
-    "item_cat": (_INT32, ["N", 1]),
-    "item_num": (_FLOAT, ["N", 2]),
+    "history_item": (_INT64, [1, 3]),
+    "history_cat": (_INT32, [1, 3, 1]),
+    "history_num": (_FLOAT, [1, 3, 2]),
+    "match": (_FLOAT, ["N", 14]),
     "user_window": (_FLOAT, [1, 3, DIM + 1]),
     "user_window_present": (_BOOL, [1, 3]),
+    "item_part": (_FLOAT, ["N", 2]),
+}
+ITEM_INPUTS: dict[str, tuple[int, list[int | str]]] = {
+    "item_cat": (_INT32, ["N", 1]),
+    "item_num": (_FLOAT, ["N", 2]),
     "item_window": (_FLOAT, ["N", 3, DIM + 1]),
     "item_window_present": (_BOOL, ["N", 3]),
 }
@@ -199,12 +204,16 @@ def add_bundle(
         items.write(draft / "items")
         encoder = Encoder(read_spec(draft / "features.toml"), vocabulary, items)
         write_graph(draft / "actr.onnx", bias)
+        write_item_graph(draft / "items.onnx")
         if change_graph is not None:
             edit_graph(draft, change_graph)
-        write_golden(draft / "golden.json", _goldens(draft, encoder, golden_offset))
+        window = window or place.window
+        np.save(draft / "items" / "part.npy", _parts(draft, items, window))
+        goldens = _goldens(draft, encoder, window, golden_offset)
+        write_golden(draft / "golden.json", goldens)
         if spoil is not None:
             spoil(draft)
-        seal(draft, _manifest(asof, window or place.window))
+        seal(draft, _manifest(asof, window))
         return place.registry.publish(draft)
 
 
@@ -305,8 +314,8 @@ def rename_input(graph: onnx.GraphProto) -> None:
 
 def widen_input(graph: onnx.GraphProto) -> None:
     """Makes an int32 input int64, as an exporter that forgets a cast does."""
-    item_cat = next(node for node in graph.input if node.name == "item_cat")
-    item_cat.type.tensor_type.elem_type = _INT64
+    user_cat = next(node for node in graph.input if node.name == "user_cat")
+    user_cat.type.tensor_type.elem_type = _INT64
 
 
 def reach_outside(location: str) -> ChangeGraph:
@@ -320,73 +329,110 @@ def reach_outside(location: str) -> ChangeGraph:
     return change
 
 
-def write_graph(path: Path, bias: float) -> None:
-    """score = sigmoid(bias + what each input adds), with one weight in an external file."""
-    nodes = []
+class _Graph:
+    """Nodes of a graph whose inputs are added up, with one weight in an external file."""
 
-    def add(op: str, inputs: list[str], output: str, **attributes: object) -> str:
-        nodes.append(helper.make_node(op, inputs, [output], **attributes))
+    def __init__(self) -> None:
+        self.nodes: list[onnx.NodeProto] = []
+
+    def add(self, op: str, inputs: list[str], output: str, **attributes: object) -> str:
+        self.nodes.append(helper.make_node(op, inputs, [output], **attributes))
         return output
 
-    def summed(name: str, axes: str, scale: str) -> str:
+    def summed(self, name: str, axes: str, scale: str) -> str:
         """The sum of an input over all axes but the first, times a constant: [1] or [N]."""
-        number = add("Cast", [name], f"{name}_float", to=_FLOAT)
-        total = add("ReduceSum", [number, axes], f"{name}_sum", keepdims=0)
-        return add("Mul", [total, scale], f"{name}_part")
+        number = self.add("Cast", [name], f"{name}_float", to=_FLOAT)
+        total = self.add("ReduceSum", [number, axes], f"{name}_sum", keepdims=0)
+        return self.add("Mul", [total, scale], f"{name}_part")
 
-    def window(side: str) -> str:
+    def window(self, side: str) -> str:
         """The mean of the months that are there, times the weights: [1] or [N]."""
-        mask = add("Unsqueeze", [f"{side}_window_present", "last"], f"{side}_mask")
-        clean = add("Where", [mask, f"{side}_window", "zero"], f"{side}_clean")
-        mean = add("ReduceSum", [clean, "axis_1"], f"{side}_mean", keepdims=0)
-        product = add("MatMul", [mean, "weights"], f"{side}_product")
-        return add("Squeeze", [product, "last"], f"{side}_window_part")
+        mask = self.add("Unsqueeze", [f"{side}_window_present", "last"], f"{side}_mask")
+        clean = self.add("Where", [mask, f"{side}_window", "zero"], f"{side}_clean")
+        mean = self.add("ReduceSum", [clean, "axis_1"], f"{side}_mean", keepdims=0)
+        product = self.add("MatMul", [mean, "weights"], f"{side}_product")
+        return self.add("Squeeze", [product, "last"], f"{side}_window_part")
 
-    seen = add("Greater", ["history_item", "zero_int"], "history_seen")
-    seen = add("Cast", [seen], "history_seen_float", to=_FLOAT)
-    seen = add("Unsqueeze", [seen, "last"], "history_mask")
-    add("Mul", ["history_num", seen], "history_used")
+    def total(self, start: str, parts: list[str]) -> str:
+        for i, part in enumerate(parts):
+            start = self.add("Add", [start, part], f"total_{i}")
+        return start
+
+    def write(
+        self,
+        path: Path,
+        inputs: dict[str, tuple[int, list[int | str]]],
+        output: tuple[str, list[int | str]],
+        bias: float,
+    ) -> None:
+        constants: dict[str, NDArray[np.generic]] = {
+            "axis_1": np.array([1], np.int64),
+            "axes_12": np.array([1, 2], np.int64),
+            "last": np.array([-1], np.int64),
+            "first": np.array([0], np.int64),
+            "zero": np.zeros(1, np.float32),
+            "zero_int": np.zeros(1, np.int64),
+            "small": np.full(1, 0.01, np.float32),
+            "medium": np.full(1, 0.1, np.float32),
+            "bias": np.full(1, bias, np.float32),
+        }
+        used = {name for node in self.nodes for name in node.input} | {"zero"}
+        initializers = [
+            onnx.numpy_helper.from_array(value, name)
+            for name, value in constants.items()
+            if name in used
+        ]
+        weights = np.linspace(-0.5, 0.5, DIM + 1, dtype=np.float32).reshape(DIM + 1, 1)
+        initializers.append(_external("weights", weights, path.with_suffix(".onnx.data")))
+        graph = helper.make_graph(
+            self.nodes,
+            "tiny",
+            [helper.make_tensor_value_info(n, kind, shape) for n, (kind, shape) in inputs.items()],
+            [helper.make_tensor_value_info(output[0], _FLOAT, output[1])],
+            initializers,
+        )
+        version = [helper.make_opsetid("", 20)]
+        model = helper.make_model(graph, opset_imports=version, ir_version=10)
+        path.write_bytes(model.SerializeToString())
+        onnx.checker.check_model(path)
+
+
+def write_graph(path: Path, bias: float) -> None:
+    """score = sigmoid(bias + what each input adds)."""
+    graph = _Graph()
+    seen = graph.add("Greater", ["history_item", "zero_int"], "history_seen")
+    seen = graph.add("Cast", [seen], "history_seen_float", to=_FLOAT)
+    seen = graph.add("Unsqueeze", [seen, "last"], "history_mask")
+    graph.add("Mul", ["history_num", seen], "history_used")
     parts = [
-        summed("user_cat", "axis_1", "small"),
-        summed("user_num", "axis_1", "medium"),
-        summed("context_cat", "axis_1", "medium"),
-        summed("context_num", "axis_1", "medium"),
-        summed("history_used", "axes_12", "small"),
-        summed("history_cat", "axes_12", "medium"),
-        summed("item_cat", "axis_1", "medium"),
-        summed("item_num", "axis_1", "medium"),
-        add("Mul", [add("Cast", ["item_key"], "key_float", to=_FLOAT), "tiny"], "key_part"),
-        window("user"),
-        window("item"),
+        graph.summed("user_cat", "axis_1", "small"),
+        graph.summed("user_num", "axis_1", "medium"),
+        graph.summed("context_cat", "axis_1", "medium"),
+        graph.summed("context_num", "axis_1", "medium"),
+        graph.summed("history_used", "axes_12", "small"),
+        graph.summed("history_cat", "axes_12", "medium"),
+        graph.summed("match", "axis_1", "small"),
+        graph.window("user"),
+        graph.add("Gather", ["item_part", "first"], "first_column", axis=1),
     ]
-    logit = "bias"
-    for i, part in enumerate(parts):
-        logit = add("Add", [logit, part], f"logit_{i}")
-    add("Sigmoid", [logit], "score")
-    constants: dict[str, NDArray[np.generic]] = {
-        "axis_1": np.array([1], np.int64),
-        "axes_12": np.array([1, 2], np.int64),
-        "last": np.array([-1], np.int64),
-        "zero": np.zeros(1, np.float32),
-        "zero_int": np.zeros(1, np.int64),
-        "small": np.full(1, 0.01, np.float32),
-        "medium": np.full(1, 0.1, np.float32),
-        "tiny": np.full(1, 1e-19, np.float32),
-        "bias": np.full(1, bias, np.float32),
-    }
-    initializers = [onnx.numpy_helper.from_array(v, name) for name, v in constants.items()]
-    weights = np.linspace(-0.5, 0.5, DIM + 1, dtype=np.float32).reshape(DIM + 1, 1)
-    initializers.append(_external("weights", weights, path.with_suffix(".onnx.data")))
-    graph = helper.make_graph(
-        nodes,
-        "tiny",
-        [helper.make_tensor_value_info(n, kind, shape) for n, (kind, shape) in INPUTS.items()],
-        [helper.make_tensor_value_info("score", _FLOAT, ["N"])],
-        initializers,
-    )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-    path.write_bytes(model.SerializeToString())
-    onnx.checker.check_model(path)
+    parts[-1] = graph.add("Squeeze", [parts[-1], "last"], "of_item")
+    graph.add("Sigmoid", [graph.total("bias", parts)], "score")
+    graph.write(path, INPUTS, ("score", ["N"]), bias)
+
+
+def write_item_graph(path: Path) -> None:
+    """part = what each input adds, and whether there is a window."""
+    graph = _Graph()
+    parts = [
+        graph.summed("item_cat", "axis_1", "medium"),
+        graph.summed("item_num", "axis_1", "medium"),
+        graph.window("item"),
+    ]
+    own = graph.add("Unsqueeze", [graph.total("bias", parts), "last"], "own")
+    marks = graph.add("Cast", ["item_window_present"], "marks", to=_FLOAT)
+    known = graph.add("ReduceMax", [marks, "axis_1"], "known", keepdims=1)
+    graph.add("Concat", [own, known], "part", axis=1)
+    graph.write(path, ITEM_INPUTS, ("part", ["N", 2]), 0.0)
 
 
 def _external(name: str, values: NDArray[np.float32], path: Path) -> TensorProto:
@@ -401,11 +447,34 @@ def _external(name: str, values: NDArray[np.float32], path: Path) -> TensorProto
 
 
 def run_by_hand(folder: Path, request: Request, windows: RequestWindows) -> Scores:
-    """float32 [N] straight from onnxruntime, without the service."""
-    encoded = open_artifact(folder).encoder.request(request)
-    feed = {**encoded.inputs, **window_inputs(windows)}
+    """float32 [N] straight from onnxruntime, without the service: what is known of items comes from
+    the bundle, and `windows` are those of the user and of items that it does not know."""
+    artifact = open_artifact(folder)
+    encoded = artifact.encoder.request(request)
+    items = artifact.encoder.item_inputs(encoded, np.arange(len(request.item_ids)))
+    session = plain_session(folder / "items.onnx")
+    part = session.run(["part"], {**items, **item_inputs(windows.items)})[0]
+    own_values = encoded.item_cat is not None or encoded.item_num is not None
+    for place, row in enumerate(encoded.item_rows.tolist()):
+        if row < len(ITEMS) and not own_values:
+            part[place] = np.load(folder / "items" / "part.npy")[row]
+    inputs = {**encoded.inputs, **user_inputs(windows.user), "item_part": part}
+    feed = {name: inputs[name] for name in INPUTS}
     scores: Scores = plain_session(folder / "actr.onnx").run(["score"], feed)[0]
     return scores
+
+
+def windows_of(window: PackedWindow, entity: Entity, ids: Sequence[str]) -> Windows:
+    """What is in a window of some ids, by hand."""
+    table = window.tables[entity]
+    vectors = np.zeros((len(ids), 3, DIM + 1), np.float32)
+    present = np.zeros((len(ids), 3), np.bool_)
+    for place, key in enumerate(hash_ids(ids)):
+        (row,) = np.flatnonzero(table.ids == key)[:1].tolist() or [-1]
+        if row >= 0:
+            vectors[place] = table.block[row]
+            present[place] = [bool(table.bits[row] >> month & 1) for month in range(3)]
+    return Windows(vectors, present)
 
 
 def plain_session(path: Path) -> ort.InferenceSession:
@@ -430,17 +499,30 @@ def _no_items() -> ItemTable:
     return ItemTable.build(empty, np.zeros((0, 1), np.int32), np.zeros((0, 2), np.float32))
 
 
-def _goldens(draft: Path, encoder: Encoder, offset: float) -> list[Golden]:
-    session = plain_session(draft / "actr.onnx")
+def _parts(draft: Path, items: ItemTable, window: PackedWindow) -> NDArray[np.float32]:
+    names = {int(key): name for key, name in zip(hash_ids(ITEMS), ITEMS, strict=True)}
+    found = windows_of(window, "items", [*(names[int(key)] for key in items.keys), "nothing"])
+    feed = {"item_cat": items.categorical, "item_num": items.numeric, **item_inputs(found)}
+    parts: NDArray[np.float32] = plain_session(draft / "items.onnx").run(["part"], feed)[0]
+    return parts
+
+
+def _goldens(draft: Path, encoder: Encoder, window: PackedWindow, offset: float) -> list[Golden]:
+    session, items_session = (plain_session(draft / f"{n}.onnx") for n in ("actr", "items"))
     goldens = []
     for user, items in (("user-1", ITEMS[:5]), ("nobody", ["item-7", "nothing"])):
         request = Request(user, items, {"age": "25-34"}, {"hour": 9}, {}, ["item-3"], [2.0], [1.0])
-        inputs: Arrays = encoder.request(request).inputs
-        windows = window_inputs(absent_windows(len(items), DIM))
-        windows["user_window"] = np.full((1, 3, DIM + 1), 0.25, np.float32)
-        windows["user_window_present"] = np.ones((1, 3), np.bool_)
-        scores = session.run(["score"], {**inputs, **windows})[0].astype(np.float64)
-        goldens.append(Golden(request, windows, scores + offset))
+        encoded = encoder.request(request)
+        windows: Arrays = {
+            "user_window": np.full((1, 3, DIM + 1), 0.25, np.float32),
+            "user_window_present": np.ones((1, 3), np.bool_),
+            **item_inputs(windows_of(window, "items", items)),
+        }
+        own = {**encoder.item_inputs(encoded, np.arange(len(items))), **windows}
+        feed = {name: own[name] for name in ITEM_INPUTS}
+        inputs = {**encoded.inputs, **windows, "item_part": items_session.run(["part"], feed)[0]}
+        scores = session.run(["score"], {name: inputs[name] for name in INPUTS})[0]
+        goldens.append(Golden(request, windows, scores.astype(np.float64) + offset))
     return goldens
 
 
@@ -461,8 +543,13 @@ def _manifest(asof: str, window: PackedWindow) -> Manifest:
         seed=0,
         window=Window(ref.window, ref.build, window.dim),
         lineage=lineage,
-        inputs=tuple(
-            Tensor(name, _DTYPES[kind], tuple(shape)) for name, (kind, shape) in INPUTS.items()
-        ),
+        inputs=_tensors(INPUTS),
+        item_inputs=_tensors(ITEM_INPUTS),
         metrics={"auc": 0.75},
+    )
+
+
+def _tensors(inputs: dict[str, tuple[int, list[int | str]]]) -> tuple[Tensor, ...]:
+    return tuple(
+        Tensor(name, _DTYPES[kind], tuple(shape)) for name, (kind, shape) in inputs.items()
     )

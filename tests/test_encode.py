@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bundle.artifact import open_artifact
-from bundle.encode import AGE, COUNT, Encoded, Encoder, FeatureError, Request
+from bundle.encode import AGE, COUNT, Arrays, Encoded, Encoder, FeatureError, Request
 from bundle.ids import hash_ids
+from bundle.match import match_width
 
 REQUEST = Request(
     user_id="user-3",
@@ -46,6 +47,11 @@ def refusal(encoder: Encoder, **changes: Any) -> FeatureError:
         encoder.request(replace(REQUEST, **changes))
     assert caught.value.field in str(caught.value)
     return caught.value
+
+
+def items_of(encoder: Encoder, encoded: Encoded) -> Arrays:
+    """All that is known of the candidates themselves."""
+    return encoder.item_inputs(encoded, np.arange(len(encoded.item_keys)))
 
 
 def same(left: Encoded, right: Encoded) -> bool:
@@ -123,9 +129,10 @@ def test_a_value_is_encoded_in_a_request_as_it_is_in_a_column(
     assert inputs["user_num"].tolist() == [pair("income", amount)]
     assert inputs["context_cat"].tolist() == [[index("hour", number)]]
     assert inputs["context_num"].tolist() == [pair("slot", number)]
-    assert inputs["item_num"].tolist() == [pair("price", amount)] * 3
+    items = items_of(encoder, encoder.request(request))
+    assert items["item_num"].tolist() == [pair("price", amount)] * 3
     if text in CATEGORIES:
-        assert inputs["item_cat"].tolist() == [[index("category", text)]] * 3
+        assert items["item_cat"].tolist() == [[index("category", text)]] * 3
 
 
 @pytest.mark.parametrize("num", [1, 50])
@@ -167,22 +174,24 @@ def test_a_request_has_the_shapes_and_types_that_the_graph_reads(encoder: Encode
             "user_num": ("float32", (1, 2)),
             "context_cat": ("int32", (1, 1)),
             "context_num": ("float32", (1, 2)),
-            "history_item": ("int64", (1, 2)),
-            "history_cat": ("int32", (1, 2, 1)),
-            "history_num": ("float32", (1, 2, 2)),
-            "item_key": ("int64", (num,)),
-            "item_cat": ("int32", (num, 1)),
-            "item_num": ("float32", (num, 2)),
+            "history_item": ("int64", (1, 3)),
+            "history_cat": ("int32", (1, 3, 1)),
+            "history_num": ("float32", (1, 3, 2)),
+            "match": ("float32", (num, match_width(1))),
+            "given_cat": ("int32", (num, 0)),
+            "given_num": ("float32", (num, 0)),
         }
+        items = {name: (a.dtype.name, a.shape) for name, a in items_of(encoder, encoded).items()}
+        assert items == {"item_cat": ("int32", (num, 1)), "item_num": ("float32", (num, 2))}
         assert encoded.item_keys.tolist() == hash_ids(ids).tolist()
-        assert encoded.item_keys.tolist() == encoded.inputs["item_key"].tolist()
+        assert encoded.item_rows.tolist() == encoder.items.rows(encoded.item_keys).tolist()
         assert encoded.user_key.tolist() == hash_ids(["user-3"]).tolist()
         assert encoded.missing == ({"category": 950, "price": 950} if num == 1000 else {})
 
 
 def test_candidates_keep_their_order_and_duplicates(encoder: Encoder) -> None:
     ids = ["item-4", "item-2", "item-4", "nothing", "item-0"]
-    inputs = encoder.request(replace(REQUEST, item_ids=ids)).inputs
+    inputs = items_of(encoder, encoder.request(replace(REQUEST, item_ids=ids)))
     assert inputs["item_cat"][:, 0].tolist() == [2, 3, 2, 0, 1]
     assert inputs["item_num"][:, 0].tolist() == pytest.approx(
         [math.log(5), math.log(3), math.log(5), 0, 0]
@@ -223,18 +232,20 @@ def test_unknown_and_absent_values_are_missing_and_counted(encoder: Encoder) -> 
     assert inputs["user_cat"][0, 1] == inputs["context_cat"][0, 0] == 0
     for name in ("user_num", "context_num", "history_item", "history_cat", "history_num"):
         assert not inputs[name].any()
-    assert inputs["history_item"].shape == (1, 1)
+    assert inputs["match"][:, 0].tolist() == [0, 0, 0]
+    assert encoder.whole_history(empty)["history_item"].shape == (1, 1)
 
 
 def test_given_values_win_and_null_or_unknown_takes_the_item_tables(encoder: Encoder) -> None:
     columns = {"category": ["food", None, "cheese", "food"], "price": [None, 7, 0, 3]}
     ids = ["item-1", "item-2", "item-3", "new"]
     encoded = encoder.request(replace(REQUEST, item_ids=ids, item_features=columns))
-    assert encoded.inputs["item_cat"][:, 0].tolist() == [3, 3, 1, 3]
-    assert encoded.inputs["item_num"][:, 0].tolist() == pytest.approx(
+    items = items_of(encoder, encoded)
+    assert items["item_cat"][:, 0].tolist() == [3, 3, 1, 3]
+    assert items["item_num"][:, 0].tolist() == pytest.approx(
         [math.log(2), math.log(8), 0, math.log(4)]
     )
-    assert encoded.inputs["item_num"][:, 1].tolist() == [1, 1, 1, 1]
+    assert items["item_num"][:, 1].tolist() == [1, 1, 1, 1]
     assert encoded.missing == {}
 
 
@@ -243,7 +254,9 @@ def test_a_request_changes_neither_the_item_table_nor_another_requests_arrays(
 ) -> None:
     before = encoder.request(REQUEST)
     changed = replace(REQUEST, item_features={"category": ["food"] * 3, "price": [99] * 3})
-    encoder.request(changed).inputs["item_num"][:] = 77
+    encoded = encoder.request(changed)
+    for array in (*encoded.inputs.values(), *items_of(encoder, encoded).values()):
+        array[:] = 77
     assert same(encoder.request(REQUEST), before)
 
 
@@ -256,7 +269,10 @@ def test_the_history_is_newest_first_cut_and_as_the_item_table_knows_it(encoder:
         history_age_days=ages,
         history_count=[float(i) for i in range(7)],
     )
-    inputs = encoder.request(request).inputs
+    inputs = encoder.whole_history(request)
+    cut = encoder.request(request).inputs
+    for name, array in inputs.items():
+        assert np.array_equal(cut[name], array[:, :3])  # as many as are attended to
     newest = [1, 3, 6, 2, 5]  # at most five; the first of equals stays first
     assert inputs["history_item"][0].tolist() == hash_ids([items[i] for i in newest]).tolist()
     assert inputs["history_num"][0, :, AGE].tolist() == [ages[i] for i in newest]
@@ -271,7 +287,7 @@ def test_any_history_becomes_finite_rising_ages_of_items_in_place(
 ) -> None:
     items, ages, counts = zip(*steps, strict=True) if steps else ((), (), ())
     request = replace(REQUEST, history_items=items, history_age_days=ages, history_count=counts)
-    inputs = encoder.request(request).inputs
+    inputs = encoder.whole_history(request)
     kept = sorted(steps, key=lambda step: step[1])[:5]
     if kept:
         assert inputs["history_item"][0].tolist() == hash_ids([s[0] for s in kept]).tolist()

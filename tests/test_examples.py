@@ -15,7 +15,7 @@ from bundle.encode import Encoder, Request
 from bundle.golden import body_of, request_of
 from training.events import EventLog, Ints
 from training.examples import Batch, Builder, Examples, builder_for, month_before
-from training.export import item_table
+from training.export import item_table, whole_inputs
 from training.layers import HardMatch
 from training.requests import RequestMaker
 from training.workspace import Workspace
@@ -55,7 +55,7 @@ def test_a_request_becomes_the_arrays_of_its_rows(tiny_log: EventLog, builder: B
     pairs = made(tiny_log, builder, DAY)
     assert len(pairs) > 5
     for request, rows in pairs:
-        inputs = encoder.request(request).inputs
+        inputs = whole_inputs(encoder, request)
         batch = {name: t.numpy() for name, t in whole(builder.build(rows)).items()}
         for name in ("user_cat", "user_num", "context_cat", "context_num"):
             expected = np.repeat(inputs[name], len(rows), axis=0)
@@ -68,6 +68,7 @@ def test_a_request_becomes_the_arrays_of_its_rows(tiny_log: EventLog, builder: B
         names = ("history_item", "history_cat", "history_num", "item_key", "item_cat")
         found = match(*(torch.from_numpy(inputs[name]) for name in names)).numpy()
         np.testing.assert_array_equal(batch["match"], found)
+        np.testing.assert_allclose(inputs["match"], found, rtol=1e-6, atol=1e-6)
 
 
 def test_a_request_survives_the_way_through_json(tiny_log: EventLog, builder: Builder) -> None:

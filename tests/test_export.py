@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import tiny
 import torch
@@ -25,7 +24,7 @@ from bundle.golden import TOLERANCE
 from bundle.manifest import MANIFEST, verify
 from bundle.registry import Registry
 from embeddings_store import WindowRef, window_months
-from service.scorer import absent_windows, window_inputs
+from service.scorer import absent_windows, item_inputs, user_inputs
 from service.settings import Settings
 from service.vetting import load
 from service.windows import WindowSource
@@ -35,13 +34,15 @@ from training.examples import builder_for
 from training.export import (
     Export,
     ExportError,
-    Served,
+    Reference,
     graph_inputs,
-    input_names,
+    is_per_candidate,
     publish_bundle,
+    resized,
+    whole_inputs,
 )
 from training.requests import RequestMaker
-from training.scoring import open_session, run_session
+from training.scoring import BundleScorer
 from training.workspace import Workspace, WorkspaceError
 
 SIZES = (1, 2, 7, 500)
@@ -58,92 +59,103 @@ def actr(tiny_exported: Exported) -> Actr:
 
 
 @pytest.fixture(scope="module")
-def session(artifact: Artifact) -> onnxruntime.InferenceSession:
-    return open_session(artifact.model)
+def scorer(artifact: Artifact) -> BundleScorer:
+    return BundleScorer(artifact.encoder, artifact.folder)
 
 
-def inputs_of(artifact: Artifact, request: Request, windows: Arrays) -> Arrays:
-    return {**artifact.encoder.request(request).inputs, **windows}
-
-
-def golden_inputs(artifact: Artifact, num: int) -> Arrays:
-    """A real request's arrays with its candidates and their windows repeated up to `num`."""
+def longest(artifact: Artifact, num: int = 7) -> tuple[Request, Arrays]:
+    """A real request with a long history, its candidates and their windows repeated up to `num`."""
     golden = max(artifact.golden, key=lambda g: len(g.request.history_items))
-    inputs = inputs_of(artifact, golden.request, golden.windows)
-    return {
+    windows = {
         name: np.resize(array, (num, *array.shape[1:])) if name.startswith("item_") else array
-        for name, array in inputs.items()
+        for name, array in golden.windows.items()
     }
+    return resized(golden.request, num), windows
 
 
-@torch.no_grad()
-def by_torch(actr: Actr, inputs: Arrays) -> np.ndarray[Any, np.dtype[np.float64]]:
-    served = Served(actr.network, actr.offset).eval()
-    tensors = [torch.from_numpy(inputs[name]) for name in input_names(actr.network)]
-    return served(*tensors).double().numpy()  # type: ignore[no-any-return]
+def by_torch(
+    artifact: Artifact, actr: Actr, request: Request, windows: Arrays
+) -> np.ndarray[Any, np.dtype[np.float64]]:
+    inputs = {**whole_inputs(artifact.encoder, request), **windows}
+    reference = Reference(actr.network, actr.offset).eval()
+    tensors = {name: torch.from_numpy(array) for name, array in inputs.items()}
+    return reference(tensors).double().numpy()  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("from_table", [True, False])
 @pytest.mark.parametrize("num", SIZES)
-def test_the_graph_is_the_network_at_every_number_of_candidates(
-    artifact: Artifact, actr: Actr, session: onnxruntime.InferenceSession, num: int
+def test_the_graphs_are_the_network_at_every_number_of_candidates(
+    artifact: Artifact, actr: Actr, scorer: BundleScorer, num: int, from_table: bool
 ) -> None:
-    inputs = golden_inputs(artifact, num)
-    found = run_session(session, inputs)
+    request, windows = longest(artifact, num)
+    found = scorer.score(request, windows, from_table=from_table)
     assert found.shape == (num,)
-    np.testing.assert_allclose(found, by_torch(actr, inputs), atol=1e-6)
+    np.testing.assert_allclose(found, by_torch(artifact, actr, request, windows), atol=1e-6)
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 4, 5, 12])
-def test_the_graph_is_the_network_at_every_length_of_the_history(
-    artifact: Artifact, actr: Actr, session: onnxruntime.InferenceSession, steps: int
+def test_the_graphs_are_the_network_at_every_length_of_the_history(
+    artifact: Artifact, actr: Actr, scorer: BundleScorer, steps: int
 ) -> None:
-    golden = max(artifact.golden, key=lambda g: len(g.request.history_items))
-    assert len(golden.request.history_items) == 12
+    request, windows = longest(artifact)
+    assert len(request.history_items) == 12
     request = replace(
-        golden.request,
-        history_items=golden.request.history_items[:steps],
-        history_age_days=golden.request.history_age_days[:steps],
-        history_count=golden.request.history_count[:steps],
+        request,
+        history_items=request.history_items[:steps],
+        history_age_days=request.history_age_days[:steps],
+        history_count=request.history_count[:steps],
     )
-    inputs = inputs_of(artifact, request, golden.windows)
-    np.testing.assert_allclose(run_session(session, inputs), by_torch(actr, inputs), atol=1e-6)
+    expected = by_torch(artifact, actr, request, windows)
+    np.testing.assert_allclose(scorer.score(request, windows), expected, atol=1e-6)
 
 
-def test_the_graph_is_the_network_without_windows(
-    artifact: Artifact, actr: Actr, session: onnxruntime.InferenceSession
+def test_the_graphs_are_the_network_without_windows(
+    artifact: Artifact, actr: Actr, scorer: BundleScorer
 ) -> None:
-    inputs = golden_inputs(artifact, 7) | window_inputs(absent_windows(7, tiny.RECIPE.tpm.dim))
-    found = run_session(session, inputs)
+    request, _ = longest(artifact)
+    absent = absent_windows(7, tiny.RECIPE.tpm.dim)
+    windows = {**user_inputs(absent.user), **item_inputs(absent.items)}
+    found = scorer.score(request, windows, from_table=False)
     assert np.isfinite(found).all()
-    np.testing.assert_allclose(found, by_torch(actr, inputs), atol=1e-6)
+    expected = by_torch(artifact, actr, request, windows)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
 
 
-def test_the_graphs_inputs_are_named_typed_and_free_in_number_of_candidates_and_steps(
-    artifact: Artifact, actr: Actr
+def test_a_request_that_knows_better_than_the_item_table_is_scored_by_what_it_says(
+    artifact: Artifact, actr: Actr, scorer: BundleScorer
 ) -> None:
-    found = graph_inputs(artifact.model)
-    assert [tensor.name for tensor in found] == input_names(actr.network)
-    assert found == artifact.manifest.inputs
-    inputs = golden_inputs(artifact, 3)
-    for tensor in found:
-        array = inputs[tensor.name]
-        assert tensor.dtype == array.dtype.name
-        free = [i for i, size in enumerate(tensor.shape) if isinstance(size, str)]
-        item, history = tensor.name.startswith("item_"), tensor.name.startswith("history_")
-        assert free == ([0] if item else [1] if history else []), tensor
-        fixed = [i for i in range(array.ndim) if i not in free]
-        assert [tensor.shape[i] for i in fixed] == [array.shape[i] for i in fixed]
+    request, windows = longest(artifact)
+    name = next(f.name for f in artifact.encoder.spec.of("item", "numeric") if not f.given)
+    own = replace(request, item_features={**request.item_features, name: [3.0] * 7})
+    found = scorer.score(own, windows)
+    np.testing.assert_allclose(found, by_torch(artifact, actr, own, windows), atol=1e-6)
+    assert not np.allclose(found, scorer.score(request, windows), atol=1e-6)
 
 
-def test_the_score_is_the_calibrated_probability(
-    artifact: Artifact, actr: Actr, session: onnxruntime.InferenceSession
+def test_the_graphs_inputs_are_named_typed_and_free_in_the_number_of_candidates(
+    artifact: Artifact,
 ) -> None:
-    inputs = golden_inputs(artifact, 7)
-    shifted = by_torch(replace(actr, offset=actr.offset + 1.0), inputs)
-    found = run_session(session, inputs)
-    np.testing.assert_allclose(
-        np.log(shifted / (1 - shifted)) - 1, np.log(found / (1 - found)), atol=1e-4
-    )
+    encoded = artifact.encoder.request(longest(artifact, 3)[0])
+    absent = absent_windows(3, tiny.RECIPE.tpm.dim)
+    made = {
+        **encoded.inputs,
+        **artifact.encoder.item_inputs(encoded, np.arange(3)),
+        **user_inputs(absent.user),
+        **item_inputs(absent.items),
+        "item_part": artifact.parts[:3],
+    }
+    for model, listed in (
+        (artifact.model, artifact.manifest.inputs),
+        (artifact.item_model, artifact.manifest.item_inputs),
+    ):
+        assert graph_inputs(model) == listed
+        for tensor in listed:
+            array = made[tensor.name]
+            assert tensor.dtype == array.dtype.name
+            free = [i for i, size in enumerate(tensor.shape) if isinstance(size, str)]
+            assert free == ([0] if is_per_candidate(tensor.name) else []), tensor
+            fixed = [i for i in range(array.ndim) if i not in free]
+            assert [tensor.shape[i] for i in fixed] == [array.shape[i] for i in fixed]
 
 
 def test_the_bundle_passes_its_own_check_and_that_of_the_service(tiny_exported: Exported) -> None:
@@ -183,11 +195,11 @@ def test_the_manifest_says_where_the_bundle_comes_from(
 
 
 def test_golden_requests_are_real_ones_with_their_scores(
-    artifact: Artifact, session: onnxruntime.InferenceSession
+    artifact: Artifact, scorer: BundleScorer
 ) -> None:
     assert len(artifact.golden) > 1
     for golden in artifact.golden:
-        found = run_session(session, inputs_of(artifact, golden.request, golden.windows))
+        found = scorer.score(golden.request, golden.windows)
         np.testing.assert_allclose(found, golden.scores, atol=TOLERANCE)
         assert golden.windows["item_window_present"].any()
     everything = np.concatenate([golden.scores for golden in artifact.golden])

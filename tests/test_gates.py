@@ -8,30 +8,33 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import onnx
 import pytest
 import tiny
+import torch
 from conftest import Exported
 
+from bundle.encode import Encoder
 from bundle.items import ItemTable
-from bundle.manifest import MANIFEST, MODEL, Verdict, read_manifest, refusals, verify
+from bundle.manifest import MANIFEST, Verdict, read_manifest, refusals, verify
 from bundle.registry import RegistryError
 from embeddings_store import WindowRef
+from training.actr import load_actr
 from training.config import GatesConfig
 from training.examples import builder_for
-from training.export import export_actr
+from training.export import Export, export_actr, publish_bundle
 from training.gates import Gates, Judged
+from training.network import Network
+from training.requests import RequestMaker
 from training.workspace import Workspace
 
 DAY = tiny.ASOF + timedelta(days=1)
 """Nobody has learned from it."""
 CONFIG = GatesConfig(requests=100, min_spread=0.01)
 """A tiny model knows little: its scores differ little."""
-LAST_LAYERS = ("logit.weight", "wide.user.weight", "wide.item.weight")
 JUDGED = {"window", "signature", "finite", "spread", "pcoc", "gauc", "log_loss"}
-Weights = dict[str, np.ndarray]
 
 
 @pytest.fixture
@@ -45,26 +48,39 @@ def live_of(workspace: Workspace) -> Path:
     return workspace.registry.path(current.current)
 
 
-def candidate(workspace: Workspace, change: Callable[[Weights], None]) -> Path:
-    """A copy of the live bundle with other weights in its graph."""
-    folder = workspace.root / "candidate"
-    shutil.copytree(live_of(workspace), folder)
-    model = onnx.load(str(folder / MODEL))
-    tensors = {t.name.removeprefix("network."): t for t in model.graph.initializer}
-    weights = {name: onnx.numpy_helper.to_array(t).copy() for name, t in tensors.items()}
-    change(weights)
-    for name, tensor in tensors.items():
-        tensor.CopyFrom(onnx.numpy_helper.from_array(weights[name], tensor.name))
-    (folder / f"{MODEL}.data").unlink()
-    onnx.save(model, str(folder / MODEL))
-    return folder
+def failed_by(workspace: Workspace, change: Callable[[Network], object]) -> set[str]:
+    """The gates that a bundle with changed weights fails at."""
+    return failed(verify(changed(workspace, change)).gates)
 
 
-def failed_by(workspace: Workspace, change: Callable[[Weights], None]) -> set[str]:
-    """The gates that a candidate with changed weights fails at."""
-    folder = candidate(workspace, change)
-    gates = Gates(workspace, DAY, CONFIG, live_of(workspace))
-    return failed(gates.judge(folder, read_manifest(folder)).verdicts)
+def changed(workspace: Workspace, change: Callable[[Network], object]) -> Path:
+    """A bundle of the same day as the live one, judged by the gates, with changed weights."""
+    actr, live = load_actr(workspace, tiny.ASOF, tiny.RECIPE.network), live_of(workspace)
+    with torch.no_grad():
+        change(actr.network)
+    log, about = workspace.log(), read_manifest(live)
+    yesterday = tiny.ASOF - timedelta(days=1)
+    builder = builder_for(workspace, log, yesterday, tiny.ASOF)
+    rows = log.full_lists([yesterday], 2)
+    requests = [request for request, _ in RequestMaker(log, builder, yesterday).requests(rows)]
+    export = Export(
+        network=actr.network,
+        offset=actr.offset,
+        correction=actr.correction,
+        asof=tiny.ASOF,
+        window=about.window,
+        lineage=about.lineage,
+        seed=about.seed,
+        metrics={},
+    )
+    window, registry = builder.window(tiny.ASOF), workspace.registry
+    gates = Gates(workspace, DAY, CONFIG, live)
+    made = publish_bundle(export, log, builder, window, requests, registry, gates)
+    return registry.path(made)
+
+
+def last_layers(network: Network) -> list[torch.nn.Parameter]:
+    return [network.logit.weight, network.wide.user.weight, network.wide.item.weight]
 
 
 def failed(verdicts: Sequence[Verdict]) -> set[str]:
@@ -93,29 +109,32 @@ def test_a_first_bundle_has_nothing_to_be_compared_with(workspace: Workspace) ->
 
 
 def test_scores_that_are_no_numbers_are_refused(workspace: Workspace) -> None:
-    assert failed_by(workspace, lambda w: w["second.bias"].fill(np.nan)) == {"finite"}
+    def spoil(network: Network) -> None:
+        network.second.bias.fill_(torch.nan)
+
+    assert failed_by(workspace, spoil) == {"finite", "parity"}
 
 
 def test_scores_that_are_all_alike_are_refused(workspace: Workspace) -> None:
-    def flatten(weights: Weights) -> None:
-        for name in LAST_LAYERS:
-            weights[name][:] = 0
+    def flatten(network: Network) -> None:
+        for parameter in last_layers(network):
+            parameter.zero_()
 
     assert "spread" in failed_by(workspace, flatten)
 
 
 def test_a_model_that_ranks_much_worse_than_the_live_one_is_refused(workspace: Workspace) -> None:
-    def turn_round(weights: Weights) -> None:
-        for name in LAST_LAYERS:
-            weights[name] *= -1
+    def turn_round(network: Network) -> None:
+        for parameter in last_layers(network):
+            parameter.neg_()
 
     assert {"gauc", "log_loss"} <= failed_by(workspace, turn_round)
 
 
 def test_worse_by_chance_or_by_less_than_the_tolerance_is_not_refused(workspace: Workspace) -> None:
-    def blur(weights: Weights) -> None:
-        noise = np.random.default_rng(0).normal(size=weights["second.weight"].shape)
-        weights["second.weight"] += (0.02 * noise).astype(np.float32)
+    def blur(network: Network) -> None:
+        noise = np.random.default_rng(0).normal(size=network.second.weight.shape)
+        network.second.weight += torch.from_numpy((0.02 * noise).astype(np.float32))
 
     assert not {"gauc", "log_loss"} & failed_by(workspace, blur)
 
@@ -124,14 +143,14 @@ def test_worse_by_chance_or_by_less_than_the_tolerance_is_not_refused(workspace:
 def test_predictions_far_from_what_is_clicked_are_refused(
     workspace: Workspace, offset: float
 ) -> None:
-    found = failed_by(workspace, lambda w: w["logit.bias"].__iadd__(np.float32(offset)))
+    found = failed_by(workspace, lambda network: network.logit.bias.add_(offset))
     assert "pcoc" in found
     assert "gauc" not in found
 
 
 def test_what_the_held_out_day_has_corrected_is_not_judged_by_it(workspace: Workspace) -> None:
     """Or a model whose calibration is broken would pass: the day has just mended it."""
-    folder = candidate(workspace, lambda w: w["logit.bias"].__iadd__(np.float32(0.5)))
+    folder = changed(workspace, lambda network: network.logit.bias.add_(0.5))
     gates = Gates(workspace, DAY, CONFIG, live_of(workspace))
     before = judged_live(workspace, live_of(workspace)).metrics
     after = gates.judge(folder, read_manifest(folder), correction=0.5).metrics
@@ -159,7 +178,7 @@ def changed_signature(workspace: Workspace) -> Path:
     folder = workspace.root / "other-live"
     shutil.copytree(live_of(workspace), folder)
     document = json.loads((folder / MANIFEST).read_text())
-    document["inputs"] = [i for i in document["inputs"] if i["name"] != "item_num"]
+    document["item_inputs"] = [i for i in document["item_inputs"] if i["name"] != "item_num"]
     (folder / MANIFEST).write_text(json.dumps(document))
     return folder
 
@@ -182,11 +201,15 @@ def test_counts_of_the_held_out_day_do_not_reach_its_own_scores(
     held_out = tiny.ASOF - timedelta(days=2)
     seen: list[np.ndarray] = []
 
-    def spy(encoder, model, reader, requests):  # type: ignore[no-untyped-def]
-        seen.append(np.array(encoder.items.numeric))
-        return [np.full(len(r.item_ids), 0.1) for r in requests]
+    class Spy:
+        def __init__(self, encoder: Encoder, folder: Path, *, own_items: bool) -> None:
+            seen.append(np.array(encoder.items.numeric))
+            assert not own_items  # else the bundle's parts would count up to that day too
 
-    monkeypatch.setattr("training.gates.score_requests", spy)
+        def score_all(self, _: object, requests: Sequence[Any]) -> list[np.ndarray]:
+            return [np.full(len(request.item_ids), 0.1) for request in requests]
+
+    monkeypatch.setattr("training.gates.BundleScorer", Spy)
     live = live_of(workspace)
     Gates(workspace, held_out, CONFIG, live).judge(live, read_manifest(live))
     log = workspace.log()

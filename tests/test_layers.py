@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,13 +13,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from bundle.encode import AGE, COUNT
+from bundle.match import DECAY_DAYS, MATCH_VALUES, NEVER_DAYS, RECENT_DAYS, History
 from training.aggregators import SelfAttention
 from training.events import EventLog
 from training.layers import (
-    DECAY_DAYS,
-    MATCH_VALUES,
-    NEVER_DAYS,
-    RECENT_DAYS,
     FieldEmbeddings,
     HardMatch,
     Numbers,
@@ -88,6 +86,22 @@ def test_hard_match_is_what_a_slow_loop_finds(
         totals = torch.tensor([length, math.log1p(sum(counts))])
         expected = torch.cat([*levels, totals])
         torch.testing.assert_close(found[row], expected, atol=1e-5, rtol=1e-5)
+
+
+@unhurried
+@given(matches())
+def test_serving_matches_as_training_does(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+) -> None:
+    history_item, history_cat, history_num, item_key, item_cat = (part.numpy() for part in inputs)
+    real = history_item[0] > 0  # serving has no padding
+    newest = np.argsort(history_num[0, real, AGE], kind="stable")
+    ages, counts = history_num[0, real][newest].astype(np.float64).T
+    kinds = history_cat[0, real][newest]
+    levels = [(history_item[0, real][newest], item_key)]
+    levels += [(kinds[:, m], item_cat[:, column]) for m, column in enumerate([3, 1])]
+    found = torch.from_numpy(History(ages, counts).match(levels))
+    torch.testing.assert_close(found, HardMatch([3, 1])(*inputs), atol=1e-5, rtol=1e-5)
 
 
 def a_history(length: int = 4) -> tuple[Tensor, Tensor, Tensor]:

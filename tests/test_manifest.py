@@ -65,7 +65,7 @@ def test_the_id_depends_on_files_lineage_and_window_and_not_on_the_hour(bundle: 
 def test_a_manifest_comes_back_from_disk_as_it_was_sealed(bundle: Path) -> None:
     sealed = seal(bundle, read_manifest(bundle))
     assert read_manifest(bundle) == sealed == verify(bundle)
-    assert sealed.inputs[-1].shape == ("N", 3)
+    assert sealed.item_inputs[-1].shape == ("N", 3)
     assert sealed.lineage.tpm_months == ("2017-06", "2017-05", "2017-04")
 
 
@@ -93,7 +93,7 @@ DAMAGES: list[tuple[str, str, Damage]] = [
     ("actr.onnx", "checksum differs", lambda b: (b / "actr.onnx").write_bytes(b"x")),
     ("items/keys.npy", "checksum differs", lambda b: os.truncate(b / "items/keys.npy", 10)),
     ("actr.onnx.data", "missing", lambda b: (b / "actr.onnx.data").unlink()),
-    ("items/categorical.npy", "missing", lambda b: shutil.rmtree(b / "items")),
+    ("items/absent.npy", "missing", lambda b: shutil.rmtree(b / "items")),
     ("golden.json.bak", "not in the manifest", lambda b: (b / "golden.json.bak").touch()),
     ("more/file", "not in the manifest", lambda b: _deep(b / "more/file")),
     ("features.toml", "must not contain links", link("features.toml", "")),
@@ -185,8 +185,8 @@ def test_a_manifest_with_wrong_fields_is_refused(bundle: Path, changes: dict[str
 
 
 def test_another_schema_version_is_refused_with_both_numbers(bundle: Path) -> None:
-    edit_manifest(bundle, schema_version=2)
-    with pytest.raises(BundleError, match="schema version 2, this program reads 1"):
+    edit_manifest(bundle, schema_version=3)
+    with pytest.raises(BundleError, match="schema version 3, this program reads 2"):
         read_manifest(bundle)
 
 

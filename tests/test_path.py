@@ -27,7 +27,7 @@ from training.examples import builder_for
 from training.export import export_actr
 from training.fit import predict
 from training.requests import RequestMaker
-from training.scoring import open_session, run_session
+from training.scoring import BundleScorer
 from training.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]
@@ -72,19 +72,7 @@ def by_graph(workspace: Workspace, artifact: Artifact, requests: Sequence[Reques
     """Scores of the bundle's graph, encoded and looked up as the service does, without HTTP."""
     window = artifact.manifest.window
     reader = workspace.store.open_now(WindowRef(window.month, window.build))
-    session, scores = open_session(artifact.model), []
-    for request in requests:
-        encoded = artifact.encoder.request(request)
-        user = reader.lookup_now("users", encoded.user_key)
-        items = reader.lookup_now("items", encoded.item_keys)
-        windows = {
-            "user_window": user.vectors,
-            "user_window_present": user.present,
-            "item_window": items.vectors,
-            "item_window_present": items.present,
-        }
-        scores.append(run_session(session, {**encoded.inputs, **windows}))
-    return scores
+    return BundleScorer(artifact.encoder, artifact.folder).score_all(reader, requests)
 
 
 def ask(client: httpx.Client, request: Request) -> dict[str, Any]:

@@ -156,7 +156,7 @@ BAD: dict[str, tuple[Callable[[Place], str], str, str]] = {
     "no such bundle": (lambda _: "no-such-bundle", "registry", "no bundle 'no-such-bundle'"),
     "a path as its id": (lambda _: "../bundles", "registry", "no bundle '../bundles'"),
     "a renamed input": (_spoilt_graph(rename_input), "inputs", "user_cat, user_kat"),
-    "an input of another type": (_spoilt_graph(widen_input), "inputs", "item_cat is int32"),
+    "an input of another type": (_spoilt_graph(widen_input), "inputs", "user_cat is int32"),
     "data from outside": (_spoilt_graph(reach_outside("../../x")), "model", "escapes"),
     "data from a path": (_spoilt_graph(reach_outside("/etc/passwd")), "model", "Absolute path"),
     "one and the same score": (

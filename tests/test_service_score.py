@@ -173,10 +173,7 @@ def test_a_store_that_went_away_costs_the_windows_and_says_so(tmp_path: Path) ->
         expected = by_hand(place, body(), absent_windows(3, DIM))
         place.store.close()
     reason = "unavailable"
-    assert answer["degraded"] == [
-        {"what": "user_window", "reason": reason},
-        {"what": "item_windows", "reason": reason},
-    ]
+    assert answer["degraded"] == [{"what": "user_window", "reason": reason}]
     assert answer["scores"] == pytest.approx(expected, abs=1e-7)
     assert answer["scores"] != pytest.approx(whole["scores"], abs=1e-4)
     assert "user_window" not in answer["missing"]

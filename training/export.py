@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
 import warnings
@@ -12,7 +11,6 @@ from datetime import UTC, date, datetime
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import onnx
 import torch
 from torch import Tensor, nn
@@ -23,8 +21,10 @@ from bundle.items import ItemTable
 from bundle.manifest import (
     FEATURES,
     GOLDEN,
+    ITEM_MODEL,
     ITEMS,
     MODEL,
+    PARTS,
     REFERENCE,
     VOCABULARY,
     Lineage,
@@ -36,22 +36,29 @@ from bundle.manifest import (
 from bundle.manifest import (
     Tensor as InputTensor,
 )
+from bundle.reference import write_reference
 from bundle.registry import Registry
 from embeddings_store import window_months
+from embeddings_store.window import all_absent
 from training.actr import load_actr
 from training.events import EventLog
-from training.examples import Builder, builder_for, newest_day
+from training.examples import Batch, Builder, builder_for, newest_day
 from training.gates import Gates
 from training.layers import HardMatch
 from training.network import Network
 from training.recipes import Recipe
 from training.requests import RequestMaker
-from training.scoring import open_session, run_session
+from training.scoring import BundleScorer, Floats, item_run
+from training.served import ItemSide, RequestSide
 from training.workspace import WindowTable, Workspace
 
 OPSET = 20
 _NUM_GOLDEN = 5
 _GOLDEN_CANDIDATES = 40
+_NUM_REFERENCE = 200
+"""Whole requests whose scores say what the bundle's scores look like."""
+_CHUNK = 4096
+"""Items whose parts are computed at a time."""
 _SIZES = (1, 2, 7, 500)
 """Numbers of candidates at which the exported graph is checked."""
 
@@ -76,79 +83,54 @@ class Export:
     metrics: dict[str, float]
 
 
-class Served(nn.Module):
-    """The graph that is served: the network, its calibration, and a probability at the end."""
+class Reference(nn.Module):
+    """The network as it was trained, with its calibration: what the graphs are checked against."""
 
     def __init__(self, network: Network, offset: float) -> None:
         super().__init__()
-        self.network = network
+        self.network, self.offset = network, offset
         self.match = HardMatch(network.matched_columns)
-        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float32))
 
-    def forward(self, *inputs: Tensor) -> Tensor:
-        """Probabilities float32 [N] of the inputs, in the order of `input_names`."""
-        x = dict(zip(input_names(self.network), inputs, strict=True))
+    @torch.no_grad()
+    def forward(self, x: Batch) -> Tensor:
+        """Probabilities float32 [N] of a request's whole history and all columns of its items."""
+        x = dict(x)
         history = ("history_item", "history_cat", "history_num")
         x["match"] = self.match(*(x[name] for name in history), x["item_key"], x["item_cat"])
         for name in history:
-            x[name] = _newest(x[name], self.network.attend)
+            x[name] = x[name][:, : self.network.attend]
         logit = (self.network(x) + self.offset).clamp(-60.0, 60.0)
-        # Spelled out: onnxruntime's Sigmoid is exact to 1e-7 only, which makes most ads equal.
         return 1.0 / (1.0 + torch.exp(-logit))
 
 
-def _newest(history_1L: Tensor, length: int) -> Tensor:
-    """The first `length` steps; padded first, since the history may be shorter."""
-    padding = torch.zeros((1, length, *history_1L.shape[2:]), dtype=history_1L.dtype)
-    return torch.cat([history_1L, padding], dim=1)[:, :length]
-
-
-def input_names(network: Network) -> list[str]:
-    """Names of the graph's inputs, in order: what has no columns or is not used is not there."""
-    names = [
-        "user_cat",
-        "user_num",
-        "context_cat",
-        "context_num",
-        "history_item",
-        "history_cat",
-        "history_num",
-        "item_key",
-        "item_cat",
-        "item_num",
-    ]
-    windows = ["user_window", "user_window_present", "item_window", "item_window_present"]
-    return names + windows if network.window_dim else names
-
-
-def export_graph(network: Network, offset: float, example: Arrays, target: Path) -> None:
-    """Writes the served graph to `target`. `example`: inputs of one request of at least 2
-    candidates, since a size of 1 would be taken for a constant."""
-    served = Served(network, offset).eval()
-    names = input_names(network)
+def export_graph(module: ItemSide | RequestSide, example: Arrays, target: Path) -> None:
+    """Writes one of the served graphs to `target`. `example`: inputs of at least 2 candidates,
+    since a size of 1 would be taken for a constant."""
+    names = module.names()
     inputs = tuple(torch.from_numpy(np.ascontiguousarray(example[name])) for name in names)
     candidates = torch.export.Dim("N", min=1)
-    steps = torch.export.Dim("L", min=1)
-    shapes = tuple(
-        {0: candidates} if name.startswith("item_") else {1: steps} if "history" in name else {}
-        for name in names
-    )
+    shapes = tuple({0: candidates} if is_per_candidate(name) else {} for name in names)
     with warnings.catch_warnings():
-        # The exporter warns of its own internals; what it made is checked by `_check`.
+        # The exporter warns of its own internals; what it made is checked by `_parity`.
         warnings.simplefilter("ignore")
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)
         program = torch.onnx.export(
-            served,
+            module.eval(),
             inputs,
             dynamo=True,
             dynamic_shapes=(shapes,),
             input_names=names,
-            output_names=["score"],
+            output_names=["score" if isinstance(module, RequestSide) else "part"],
             opset_version=OPSET,
             verbose=False,
         )
     assert program is not None
     program.save(str(target), external_data=True)
+
+
+def is_per_candidate(name: str) -> bool:
+    """Whether an input has a row per candidate, and not one for the request."""
+    return name.startswith(("item_", "given_", "match"))
 
 
 def graph_inputs(model: Path) -> tuple[InputTensor, ...]:
@@ -172,11 +154,13 @@ def publish_bundle(
     registry: Registry,
     gates: Gates | None = None,
     force: bool = False,
+    reference: Sequence[Request] = (),
 ) -> str:
     """Exports, checks and publishes a bundle; returns its id.
 
-    requests: real ones, to check torch against the graph and to keep as golden requests. gates:
-    what they say is kept in the manifest; a bundle that they refuse is published too, but can't be
+    requests: real ones, to check torch against the graph and to keep as golden requests. reference:
+    whole ones, whose scores are the bundle's reference; the golden ones unless given. gates: what
+    they say is kept in the manifest; a bundle that they refuse is published too, but can't be
     promoted unless it is made with `force`.
 
     Raises:
@@ -189,19 +173,23 @@ def publish_bundle(
         items = item_table(log, builder, export.asof)
         items.write(draft / ITEMS)
         encoder = Encoder(log.spec, log.vocabulary, items)
-        inputs = [_inputs(encoder, log, window, request) for request in requests]
-        export_graph(export.network, export.offset, inputs[0], draft / MODEL)
-        parity = _parity(export, inputs, draft / MODEL)
+        _export_graphs(export, encoder, requests[0], draft)
+        np.save(draft / PARTS, _parts(encoder, log, window, draft / ITEM_MODEL))
+        scorer = BundleScorer(encoder, draft)
+        parity = _parity(export, encoder, log, window, requests[0], scorer)
         if gates is None and not parity.passed:
             raise ExportError(f"the graph's scores differ from torch's: {parity}")
-        session = open_session(draft / MODEL)
-        scores = [run_session(session, one) for one in inputs]
+        inputs = [_windows_of(log, window, request) for request in requests]
+        scores = [scorer.score(*each) for each in zip(requests, inputs, strict=True)]
         goldens = [
-            Golden(request, _windows_only(one), score)
+            Golden(request, one, score)
             for request, one, score in zip(requests, inputs, scores, strict=True)
         ]
         write_golden(draft / GOLDEN, goldens)
-        _write_reference(draft / REFERENCE, np.concatenate(scores))
+        whole = [scorer.score(one, _windows_of(log, window, one)) for one in reference]
+        golden_scores = np.concatenate(scores)
+        whole_scores = np.concatenate(whole) if whole else golden_scores
+        write_reference(draft / REFERENCE, golden_scores, whole_scores)
         manifest = Manifest(
             dataset=log.name,
             created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -210,6 +198,7 @@ def publish_bundle(
             window=export.window,
             lineage=export.lineage,
             inputs=graph_inputs(draft / MODEL),
+            item_inputs=graph_inputs(draft / ITEM_MODEL),
             metrics=export.metrics,
             forced=force,
         )
@@ -226,11 +215,51 @@ def item_table(log: EventLog, builder: Builder, day: date) -> ItemTable:
     return ItemTable.build(log.items.keys, log.items.categorical, builder.item_numbers(day))
 
 
-def _inputs(encoder: Encoder, log: EventLog, window: WindowTable, request: Request) -> Arrays:
+def _export_graphs(export: Export, encoder: Encoder, request: Request, draft: Path) -> None:
+    network, places = export.network, np.arange(len(request.item_ids))
+    encoded, dim = encoder.request(request), network.window_dim
+    user, absent = all_absent(1, dim), all_absent(len(places), dim)
+    items: Arrays = {
+        **encoder.item_inputs(encoded, places),
+        "item_window": absent.vectors,
+        "item_window_present": absent.present,
+    }
+    item_side = ItemSide(network).eval()
+    export_graph(item_side, items, draft / ITEM_MODEL)
+    with torch.no_grad():
+        part = item_side(*(torch.from_numpy(items[name]) for name in item_side.names())).numpy()
+    inputs: Arrays = {
+        **encoded.inputs,
+        "user_window": user.vectors,
+        "user_window_present": user.present,
+        "item_part": part,
+    }
+    export_graph(RequestSide(network, encoder.spec, export.offset), inputs, draft / MODEL)
+
+
+def _parts(encoder: Encoder, log: EventLog, window: WindowTable, model: Path) -> Floats:
+    """What the item graph makes of every row of the item table, float32 [n + 1, P]."""
+    run, items, found = item_run(model), encoder.items, window.items
+    # The item table is sorted by key. Its last row, of what is missing, has no window.
+    rows = np.append(np.argsort(log.items.keys), 0)
+    chunks = []
+    for start in range(0, len(rows), _CHUNK):
+        part = slice(start, start + _CHUNK)
+        is_item = np.arange(start, min(start + _CHUNK, len(rows))) < items.missing_row
+        inputs: Arrays = {
+            "item_cat": items.categorical[part],
+            "item_num": items.numeric[part],
+            "item_window": found.vectors[rows[part]] * is_item[:, None, None],
+            "item_window_present": found.present[rows[part]] & is_item[:, None],
+        }
+        chunks.append(run(inputs))
+    return np.concatenate(chunks)
+
+
+def _windows_of(log: EventLog, window: WindowTable, request: Request) -> Arrays:
     user = log.users.rows(np.asarray([request.user_id]))
     items = log.items.rows(np.asarray(request.item_ids))
     return {
-        **encoder.request(request).inputs,
         "user_window": window.users.vectors[user],
         "user_window_present": window.users.present[user],
         "item_window": window.items.vectors[items],
@@ -238,37 +267,58 @@ def _inputs(encoder: Encoder, log: EventLog, window: WindowTable, request: Reque
     }
 
 
-def _parity(export: Export, inputs: Sequence[Arrays], model: Path) -> Verdict:
-    """Compares the graph with torch at several sizes."""
-    session = open_session(model)
-    served = Served(export.network, export.offset).eval()
-    names = input_names(export.network)
+def _parity(
+    export: Export,
+    encoder: Encoder,
+    log: EventLog,
+    window: WindowTable,
+    request: Request,
+    scorer: BundleScorer,
+) -> Verdict:
+    """Compares what is served with the network in torch at several numbers of candidates, with
+    parts from the table and with those that are computed for a request."""
+    reference = Reference(export.network, export.offset).eval()
     worst = 0.0
     for size in _SIZES:
-        one = {name: _resized(name, array, size) for name, array in inputs[0].items()}
-        with torch.no_grad():
-            expected = served(*(torch.from_numpy(one[name]) for name in names)).numpy()
-        difference = float(np.abs(run_session(session, one) - expected).max())
-        # Also where it is not a number.
-        worst = difference if not difference <= worst else worst
+        one = resized(request, size)
+        windows = _windows_of(log, window, one)
+        whole = {**whole_inputs(encoder, one), **windows}
+        expected = reference({name: torch.from_numpy(array) for name, array in whole.items()})
+        for found in (scorer.score(one, windows), scorer.score(one, windows, from_table=False)):
+            difference = float(np.abs(found - expected.numpy()).max())
+            # Also where it is not a number.
+            worst = difference if not difference <= worst else worst
     sizes = f"at {', '.join(map(str, _SIZES))} candidates"
     return Verdict("parity", worst <= TOLERANCE, worst, f"at most {TOLERANCE:.0e}", sizes)
 
 
-def _resized(name: str, array: npt.NDArray[np.generic], size: int) -> npt.NDArray[np.generic]:
-    if not name.startswith("item_"):
-        return array
-    return np.resize(array, (size, *array.shape[1:]))
+def resized(request: Request, size: int) -> Request:
+    """The same request with `size` of its candidates, in turn."""
+    places = [place % len(request.item_ids) for place in range(size)]
+    features = {
+        name: [column[place] for place in places] for name, column in request.item_features.items()
+    }
+    ids = [request.item_ids[place] for place in places]
+    return replace(request, item_ids=ids, item_features=features)
 
 
-def _windows_only(inputs: Arrays) -> Arrays:
-    return {name: array for name, array in inputs.items() if "_window" in name}
-
-
-def _write_reference(path: Path, scores: npt.NDArray[np.float64]) -> None:
-    """The distribution of scores on the golden requests: its 0 .. 100 % quantiles."""
-    quantiles = np.quantile(scores, np.linspace(0, 1, 21))
-    path.write_text(json.dumps({"quantiles": quantiles.tolist(), "count": len(scores)}))
+def whole_inputs(encoder: Encoder, request: Request) -> Arrays:
+    """All that `Reference` reads of a request but the windows: the history in its whole length, and
+    the columns of its items with what only the request knows in their places."""
+    encoded = encoder.request(request)
+    items = encoder.item_inputs(encoded, np.arange(len(request.item_ids)))
+    for kind, width in (("categorical", 1), ("numeric", 2)):
+        name = kind[:3]
+        features = encoder.spec.of("item", kind)  # type: ignore[arg-type]
+        given = [place for place, feature in enumerate(features) if feature.given]
+        columns = [width * place + i for place in given for i in range(width)]
+        items[f"item_{name}"][:, columns] = encoded.inputs[f"given_{name}"]
+    return {
+        **encoded.inputs,
+        **items,
+        **encoder.whole_history(request),
+        "item_key": encoded.item_keys.astype(np.int64),
+    }
 
 
 def export_actr(
@@ -307,6 +357,8 @@ def export_actr(
     )
     rows = log.full_lists([yesterday], _NUM_GOLDEN)
     kept = rows.group_by("request_id", maintain_order=True).head(_GOLDEN_CANDIDATES)
-    requests = [request for request, _ in RequestMaker(log, builder, yesterday).requests(kept)]
+    maker = RequestMaker(log, builder, yesterday)
+    requests = [request for request, _ in maker.requests(kept)]
+    whole, _ = maker.whole(_NUM_REFERENCE)
     registry = workspace.registry
-    return publish_bundle(export, log, builder, window, requests, registry, gates, force)
+    return publish_bundle(export, log, builder, window, requests, registry, gates, force, whole)

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from bundle.encode import Encoder
 from bundle.items import ItemTable
-from bundle.manifest import FEATURES, ITEMS, MODEL, VOCABULARY, Manifest, Verdict, read_manifest
+from bundle.manifest import FEATURES, ITEMS, VOCABULARY, Manifest, Verdict, read_manifest
 from bundle.spec import read_spec
 from embeddings_store import StoreError, WindowRef
 from training.config import GatesConfig
@@ -27,7 +27,7 @@ from training.events import Ints
 from training.examples import Builder, builder_for
 from training.metrics import PerUser, has_gauc, interval, measure, pcoc, resample
 from training.requests import RequestMaker
-from training.scoring import logits_of, score_requests
+from training.scoring import BundleScorer, logits_of
 from training.workspace import Workspace
 
 Floats = npt.NDArray[np.float64]
@@ -93,8 +93,7 @@ class Gates:
         limit = "the inputs of the live bundle"
         if self._live is None:
             return Verdict("signature", True, None, limit, "nothing is live")
-        live = {i.name: (i.dtype, i.shape) for i in read_manifest(self._live).inputs}
-        own = {i.name: (i.dtype, i.shape) for i in manifest.inputs}
+        live, own = map(_signature, (read_manifest(self._live), manifest))
         changed = sorted(n for n in live.keys() | own.keys() if live.get(n) != own.get(n))
         passed = not changed or self._config.allow_signature_change
         return Verdict(
@@ -109,8 +108,8 @@ class Gates:
 
         def scored(folder: Path, about: Manifest) -> Floats:
             reader = workspace.store.open_now(WindowRef(about.window.month, about.window.build))
-            encoder = self._encoder(folder, about, builder)
-            return logits_of(score_requests(encoder, folder / MODEL, reader, requests))
+            scorer = self._scorer(folder, about, builder)
+            return logits_of(scorer.score_all(reader, requests))
 
         live = self._live
         return _HeldOut(
@@ -120,15 +119,16 @@ class Gates:
             scored(live, read_manifest(live)) if live else None,
         )
 
-    def _encoder(self, folder: Path, manifest: Manifest, builder: Builder) -> Encoder:
-        """The bundle's encoder; its counts are as of the held-out day at most."""
-        items = ItemTable.read(folder / ITEMS)
-        if manifest.asof > str(self._day):
+    def _scorer(self, folder: Path, manifest: Manifest, builder: Builder) -> BundleScorer:
+        """The bundle's scores; its counts are as of the held-out day at most."""
+        items, is_own = ItemTable.read(folder / ITEMS), manifest.asof <= str(self._day)
+        if not is_own:
             log = builder.log
             numbers = builder.item_numbers(self._day)
             items = ItemTable.build(log.items.keys, log.items.categorical, numbers)
         vocabulary = json.loads((folder / VOCABULARY).read_text())
-        return Encoder(read_spec(folder / FEATURES), vocabulary, items)
+        encoder = Encoder(read_spec(folder / FEATURES), vocabulary, items)
+        return BundleScorer(encoder, folder, own_items=is_own)
 
     def _quality(self, held_out: _HeldOut) -> Iterator[Verdict]:
         label, config = held_out.label, self._config
@@ -196,3 +196,10 @@ def _figures(held_out: _HeldOut) -> dict[str, float]:
         return {}
     found = measure(held_out.candidate, held_out.label, held_out.user)
     return {name: getattr(found, name) for name in ("gauc", "auc", "log_loss", "pcoc")}
+
+
+def _signature(manifest: Manifest) -> dict[str, tuple[str, tuple[int | str, ...]]]:
+    """Type and shape of each input of both graphs. How wide an item's part is depends on the sizes
+    of the network, and matters to nobody outside the bundle."""
+    inputs = [one for one in (*manifest.inputs, *manifest.item_inputs) if one.name != "item_part"]
+    return {one.name: (one.dtype, one.shape) for one in inputs}

@@ -14,18 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from bundle.encode import AGE, COUNT, Encoder
+from bundle.match import DECAY_DAYS, NEVER_DAYS, RECENT_DAYS, match_width
 from bundle.spec import Feature
 from training.tables import SMALL, SPARSE_ROWS, Table
-
-MATCH_VALUES = 6
-"""Numbers per matched level: present, log distinct items, log count, log decayed count, log recent
-items, log age."""
-DECAY_DAYS = 30.0
-"""An item this old counts for 1/e in the decayed count."""
-RECENT_DAYS = 14.0
-"""An item this old counts for 1/e of a recent item."""
-NEVER_DAYS = 1000.0
-"""The age of what has not been there: older than all that has."""
 
 
 class FieldEmbeddings(nn.Module):
@@ -118,15 +109,10 @@ class Numbers(nn.Module):
         return torch.cat([self.standardise(value) * present, 1.0 - present], dim=1)
 
 
-def match_width(num_matched: int) -> int:
-    """Columns that `HardMatch` gives for the item itself and `num_matched` of its features."""
-    return MATCH_VALUES * (1 + num_matched) + 2
-
-
 class HardMatch(nn.Module):
     """What one user's history says of each candidate itself, and of its matched features: has the
     same one been there, how often, how long ago; and how long the history is. Has no parameters,
-    so training computes it once."""
+    so training computes it once, and serving outside of the graph (`bundle.match`)."""
 
     def __init__(self, columns: Sequence[int]) -> None:
         """columns: where the matched features stand in `item_cat`."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from bundle.encode import Encoder
+from bundle.match import match_width
 from bundle.spec import Spec
 from training.aggregators import AGGREGATORS
 from training.config import NetworkConfig
@@ -20,7 +21,6 @@ from training.layers import (
     SplitLinear,
     Standardise,
     TargetAttention,
-    match_width,
 )
 
 WINDOW_FACTS = 6

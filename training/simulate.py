@@ -34,7 +34,7 @@ from training.metrics import Metrics, has_gauc, measure
 from training.parallel import progress
 from training.recipes import Recipe
 from training.requests import RequestMaker
-from training.scoring import Scores, logits_of, score_requests
+from training.scoring import BundleScorer, Scores, logits_of
 from training.update import TIERS, TolerantLog, run_update
 from training.workspace import Workspace, WorkspaceError
 
@@ -163,7 +163,7 @@ def score_day(
     return DayScores(
         window.month,
         requests,
-        score_requests(artifact.encoder, artifact.model, reader, requests),
+        BundleScorer(artifact.encoder, artifact.folder).score_all(reader, requests),
         rows["label"].to_numpy().astype(np.float32),
         log.users.rows(rows["user_id"].to_numpy()),
     )
