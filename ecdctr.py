@@ -247,6 +247,12 @@ def _export(options: argparse.Namespace) -> None:
         print(export_actr(workspace, options.asof, complete_journey()))
 
 
+def _audit(options: argparse.Namespace) -> None:
+    from training.audit import to_parquet
+
+    print(f"{to_parquet(options.folder, options.target):,} requests added to {options.target}")
+
+
 def _promote(options: argparse.Namespace) -> None:
     from bundle.registry import Registry
 
@@ -472,6 +478,9 @@ def _add_training(verbs: _Verbs) -> None:
     verb.add_argument("--json", type=Path, help="also write the report here")
     verb = _verb(verbs, "export", "A-CTR to ONNX, checked, as a bundle in the registry", _export)
     _asof(verb)
+    verb = _verb(verbs, "audit", "requests that the service kept, as Parquet", _audit)
+    verb.add_argument("folder", type=Path, help="ECDCTR_AUDIT_DIR of the service")
+    verb.add_argument("target", type=Path, help="folder for the Parquet files")
     verb = _verb(verbs, "publish", "a window of three snapshots to the store", _publish)
     verb.add_argument(
         "--window", type=_month, required=True, metavar="YYYY-MM", help="its last month"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import os
 import signal
 import sys
@@ -23,18 +25,34 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
 from uvicorn.supervisors import Multiprocess
 
+from bundle.registry import Registry
 from embeddings_store import Store
-from service import errors
+from service import errors, logs
+from service.audit import Audit
 from service.body import BodyLimit
 from service.endpoints import Endpoints
 from service.live import Live
+from service.logs import FollowRequests
 from service.metrics import CountAnswers, Metrics
-from service.schemas import Models, Problem, ScoreRequest, ScoreResponse
+from service.schemas import (
+    MAX_EVENTS,
+    Event,
+    FeedbackCounts,
+    Models,
+    Problem,
+    ScoreRequest,
+    ScoreResponse,
+)
 from service.settings import Settings
+from service.traces import TraceRequests, open_provider
 from service.windows import WindowSource
+
+log = logging.getLogger(__name__)
 
 GRACE_S = 30
 """How long requests that are under way may take after SIGTERM."""
+TICK_S = 5.0
+"""How often metrics that are not counted for each request are brought up to date."""
 KEEP_ALIVE_S = 80
 """Longer than the 60 to 75 s of usual load balancers, so that it is they who close."""
 _SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
@@ -54,7 +72,7 @@ class _App(FastAPI):
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
             schemas = super().openapi().setdefault("components", {}).setdefault("schemas", {})
-            schemas.update(_schemas(ScoreRequest, Problem))
+            schemas.update(_schemas(ScoreRequest, Event, Problem))
         assert self.openapi_schema is not None
         return self.openapi_schema
 
@@ -66,14 +84,28 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     """
     metrics = Metrics(CollectorRegistry(), settings.metrics_dir)
     live = Live(settings, metrics, WindowSource(settings, store))
+    audit = _audit(settings, metrics)
+    traces = open_provider() if settings.traces else None
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        ticking = None
+        metrics.forget_the_dead()
         try:
+            if audit is not None:
+                audit.start()
             await live.start()
+            ticking = asyncio.create_task(_tick(settings, live, metrics))
             yield
         finally:
+            if ticking is not None:
+                ticking.cancel()
+                await asyncio.wait([ticking])
             await live.stop()
+            if audit is not None:
+                await asyncio.to_thread(audit.close)
+            if traces is not None:
+                await asyncio.to_thread(traces.shutdown)
             metrics.close(os.getpid())
 
     app = _App(
@@ -89,9 +121,32 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     app.add_middleware(errors.AnswerFaults)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
     app.add_middleware(CountAnswers, metrics=metrics)
-    _add_endpoints(app, Endpoints(settings, live, metrics))
+    if traces is not None:
+        app.add_middleware(TraceRequests, provider=traces)
+    app.add_middleware(FollowRequests)
+    _add_endpoints(app, Endpoints(settings, live, metrics, audit))
     _add_docs(app)
     return app
+
+
+def _audit(settings: Settings, metrics: Metrics) -> Audit | None:
+    if settings.audit_dir is None:
+        return None
+    limit_bytes = settings.audit_mb * 1_000_000
+    return Audit(settings.audit_dir, settings.audit_sample, limit_bytes, metrics.audited)
+
+
+async def _tick(settings: Settings, live: Live, metrics: Metrics) -> None:
+    """What is done every few seconds, and not for each request."""
+    registry = Registry(settings.registry)
+    while True:
+        try:
+            metrics.feedback.known = frozenset(await asyncio.to_thread(registry.ids))
+            metrics.tick(live.scorer.artifact if live.scorer else None)
+            await metrics.share()
+        except Exception:
+            log.exception("metrics could not be brought up to date; trying again")
+        await asyncio.sleep(TICK_S)
 
 
 def _add_endpoints(app: FastAPI, endpoints: Endpoints) -> None:
@@ -104,6 +159,13 @@ def _add_endpoints(app: FastAPI, endpoints: Endpoints) -> None:
             "requestBody": {"required": True, **_body("application/json", ScoreRequest)}
         },
     )(endpoints.score)
+    app.post(
+        "/v1/feedback",
+        summary="Report clicks",
+        response_model=FeedbackCounts,
+        responses={status: _problem(_PROBLEMS[status]) for status in (400, 413, 415, 422)},
+        openapi_extra={"requestBody": {"required": True, **_events_body()}},
+    )(endpoints.feedback)
     app.get("/v1/models", summary="Which models there are", response_model=Models)(endpoints.models)
     app.get("/livez", summary="Is the process alive?")(endpoints.livez)
     app.get(
@@ -148,6 +210,12 @@ def _body(media_type: str, model: type[BaseModel]) -> dict[str, Any]:
     return {"content": {media_type: {"schema": {"$ref": _REF.format(model=model.__name__)}}}}
 
 
+def _events_body() -> dict[str, Any]:
+    event = {"$ref": _REF.format(model=Event.__name__)}
+    schema = {"anyOf": [event, {"type": "array", "items": event, "maxItems": MAX_EVENTS}]}
+    return {"content": {"application/json": {"schema": schema}}}
+
+
 _REF = "#/components/schemas/{model}"
 
 
@@ -164,6 +232,8 @@ def serve(settings: Settings, host: str, port: int, workers: int | None = None) 
     `workers` processes, one per core unless given, each with its own session; they share the
     model's memory-mapped pages, and each follows the registry by itself.
     """
+    if settings.traces:
+        open_provider().shutdown()  # what is not installed is said here, not by each worker
     workers = workers or len(os.sched_getaffinity(0))
     if workers == 1:
         _serve_one(_config(settings, host, port, workers))
@@ -199,19 +269,7 @@ def _config(settings: Settings, host: str, port: int, workers: int) -> uvicorn.C
         lifespan="on",
         access_log=False,
         server_header=False,
-        log_config=_log_config(settings.log_level),
+        log_config=logs.config(settings.log_level, settings.log_format),
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
     )
-
-
-def _log_config(level: str) -> dict[str, Any]:
-    line = {"format": "%(asctime)s %(levelname)s %(process)d %(name)s: %(message)s"}
-    handler = {"class": "logging.StreamHandler", "formatter": "line"}
-    return {
-        "version": 1,
-        "disable_existing_loggers": False,
-        "formatters": {"line": line},
-        "handlers": {"stderr": handler},
-        "root": {"level": level.upper(), "handlers": ["stderr"]},
-    }

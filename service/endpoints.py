@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import random
 import time
 from dataclasses import asdict, dataclass
 
@@ -12,11 +13,13 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bundle.registry import Registry
+from service.audit import Audit
 from service.body import check_json
 from service.errors import ImpossibleScoreError, NotReadyError
 from service.live import Live
+from service.logs import facts, trail
 from service.metrics import CONTENT_TYPE, Metrics
-from service.schemas import LiveModel, Models, RefusedModel, ScoreRequest, decode
+from service.schemas import LiveModel, Models, RefusedModel, ScoreRequest, decode, decode_events
 from service.scorer import Deadline, Scored, Stages
 from service.settings import Settings
 
@@ -30,21 +33,41 @@ class Endpoints:
     settings: Settings
     live: Live
     metrics: Metrics
+    audit: Audit | None = None
 
     async def score(self, request: Request) -> Response:
         """Click probabilities of N candidates for one user, in the order of the candidates."""
+        with self.metrics.in_progress.track_inprogress():
+            return await self._score(request)
+
+    async def feedback(self, request: Request) -> Response:
+        """Takes events, each with its score and its model, and says how many were counted."""
+        check_json(request.headers.get("content-type"))
+        outcomes = self.metrics.feedback.take(decode_events(await request.body()))
+        self.metrics.reported(outcomes)
+        return _json(outcomes)
+
+    async def _score(self, request: Request) -> Response:
         started_s = time.perf_counter()
         stages = Stages()
+        own = trail()
+        own.stages = stages.seconds
         check_json(request.headers.get("content-type"))
         with stages.timed("receive"):
             body = await request.body()
         with stages.timed("decode"):
             asked = decode(body, self.settings)
+        own.request_id = asked.request_id or own.request_id
         scored = await self._scored(asked, Deadline.after(started_s, asked.deadline_ms), stages)
         with stages.timed("serialise"):
             content = _content(scored, asked.request_id)
         stages.seconds["total"] = time.perf_counter() - started_s
         self.metrics.scored(scored, stages.seconds.items())
+        own.facts = {"model": scored.model, "candidates": len(scored.scores)}
+        if stages.seconds["total"] * 1000 > self.settings.slow_ms:
+            self._note_slow(asked, scored, stages)
+        if self.audit is not None:
+            self.audit.offer(own.request_id, body, scored)
         return Response(content, media_type="application/json", headers=_timing(stages))
 
     async def models(self) -> Response:
@@ -66,6 +89,7 @@ class Endpoints:
 
     async def render_metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
+        self.metrics.tick(self.live.scorer.artifact if self.live.scorer else None)
         return Response(self.metrics.render(), headers={"content-type": CONTENT_TYPE})
 
     async def _scored(self, asked: ScoreRequest, deadline: Deadline, stages: Stages) -> Scored:
@@ -76,6 +100,13 @@ class Endpoints:
             self.metrics.impossible.inc()
             log.error("request %r: %s", asked.request_id, error)
             raise
+
+    def _note_slow(self, asked: ScoreRequest, scored: Scored, stages: Stages) -> None:
+        stage_ms = {stage: round(value * 1000, 3) for stage, value in stages.seconds.items()}
+        named = random.random() < self.settings.log_user_sample
+        user = {"user": asked.user.id} if named else {}
+        slow = facts(**trail().facts, degraded=scored.degraded, stage_ms=stage_ms, **user)
+        log.warning("slow request", extra=slow)
 
     def _live_model(self) -> LiveModel | None:
         if self.live.scorer is None:

@@ -3,7 +3,10 @@ features from the spec, reasons from tables, models from promotions."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+import os
+from collections.abc import Iterable, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 
 from prometheus_client import (
@@ -17,8 +20,15 @@ from prometheus_client import (
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from bundle.artifact import Artifact
+from bundle.reference import EDGES
 from embeddings_store.cache import CachedReader
+from service import drift, feedback
+from service.drift import Drift
+from service.feedback import Feedback, Outcome
+from service.recent import Recent
 from service.scorer import Scored
+from service.windowed import Windowed
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
 STAGES = ("receive", "decode", "encode", "lookup", "run", "serialise", "total")
@@ -108,6 +118,54 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.in_progress = Gauge(
+            "ecdctr_score_requests_in_progress",
+            "Scoring requests that have begun and are not yet answered.",
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._created = Gauge(
+            "ecdctr_model_created_timestamp_seconds",
+            "When the live bundle was made; 0 before there is one.",
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        self._asof = Gauge(
+            "ecdctr_model_asof_timestamp_seconds",
+            "The day that the live bundle is for, at 0:00 UTC; 0 before there is one.",
+            registry=registry,
+            multiprocess_mode="livemostrecent",
+        )
+        scores = Counter(
+            "ecdctr_scores",
+            "Scores above the bin before, and up to this one.",
+            ["up_to"],
+            registry=registry,
+        )
+        self._scores = [scores.labels(f"{edge:g}") for edge in EDGES]
+        self._predicted = Counter(
+            "ecdctr_predicted_clicks", "Sum of all scores.", registry=registry
+        )
+        self._feedback = Counter(
+            "ecdctr_feedback",
+            "Events of feedback, by outcome (counted, duplicate, unknown_model).",
+            ["outcome"],
+            registry=registry,
+        )
+        self._audit = Counter(
+            "ecdctr_audit",
+            "Requests chosen for the audit log, by outcome (written, dropped).",
+            ["outcome"],
+            registry=registry,
+        )
+        self._recent = (
+            Recent("drift", drift.WINDOW_S, drift.SLICE_S, shared),
+            Recent("feedback", feedback.WINDOW_S, feedback.SLICE_S, shared),
+        )
+        self.drift = Drift(self._recent[0])
+        self.feedback = Feedback(self._recent[1], shared)
+        self._windowed = Windowed(self.drift, self.feedback)
+        registry.register(self._windowed)
 
     def scored(self, scored: Scored, seconds: Iterable[tuple[str, float]]) -> None:
         """Counts one scoring request that was answered with scores."""
@@ -120,6 +178,12 @@ class Metrics:
             self._missing.labels(feature).inc(num)
         if scored.num_invalid:
             self._invalid.inc(scored.num_invalid)
+        self.drift.scored(scored)
+
+    def reported(self, outcomes: Mapping[Outcome, int]) -> None:
+        """Counts events of feedback."""
+        for outcome, num in outcomes.items():
+            self._feedback.labels(outcome).inc(num)
 
     def cached(self, cache: CachedReader) -> None:
         """Takes over what the cache has counted."""
@@ -132,9 +196,34 @@ class Metrics:
     def live(self, model: str, window: str, *, replaced: tuple[str, str] | None) -> None:
         """Notes which model is live from now on, and which (model, window) no longer is."""
         self.swaps.inc()
+        self.feedback.known |= {model}
         if replaced:
             self._live.labels(*replaced).set(0)
         self._live.labels(model, window).set(1)
+
+    def audited(self, outcome: str) -> None:
+        """Counts a request that was chosen for the audit log."""
+        self._audit.labels(outcome).inc()
+
+    def tick(self, artifact: Artifact | None) -> None:
+        """For every few seconds: what is not worth doing for each request. `artifact` is that of
+        the live bundle."""
+        if artifact is not None:
+            self.drift.follow(artifact)
+            self._created.set(_timestamp_s(artifact.manifest.created))
+            self._asof.set(_timestamp_s(artifact.manifest.asof))
+        counts, total = self.drift.take_counts()
+        for counter, num in zip(self._scores, counts.tolist(), strict=True):
+            counter.inc(num)
+        self._predicted.inc(total)
+        for recent in self._recent:
+            recent.tick()
+
+    async def share(self) -> None:
+        """Lets the other processes know what this one has counted in the last minutes."""
+        if self._shared is not None:
+            for recent in self._recent:
+                await asyncio.to_thread(recent.share, recent.content())
 
     def render(self) -> bytes:
         """Everything in the text format, summed over processes where there are several."""
@@ -142,12 +231,43 @@ class Metrics:
             return generate_latest(self._registry)
         merged = CollectorRegistry()
         MultiProcessCollector(merged, path=str(self._shared))  # type: ignore[no-untyped-call]
+        merged.register(self._windowed)
         return generate_latest(merged)
+
+    def forget_the_dead(self) -> None:
+        """What processes served that were killed, and so could not say that they end. A worker that
+        takes the place of one does this when it starts."""
+        if self._shared is None:
+            return
+        pids = {int(path.stem.rpartition("_")[2]) for path in self._shared.glob("*_[0-9]*.db")}
+        for pid in pids:
+            if not _is_alive(pid):
+                mark_process_dead(pid, path=str(self._shared))  # type: ignore[no-untyped-call]
 
     def close(self, pid: int) -> None:
         """The process `pid` ends: what it served live is no longer live."""
+        for recent in self._recent:
+            recent.close()
         if self._shared is not None:
             mark_process_dead(pid, path=str(self._shared))  # type: ignore[no-untyped-call]
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+def _timestamp_s(text: str) -> float:
+    """Seconds since 1970 of an ISO 8601 date or time, in UTC unless it names a zone; not a number
+    for anything else."""
+    try:
+        at = datetime.fromisoformat(text)
+    except ValueError:
+        return float("nan")
+    return (at if at.tzinfo else at.replace(tzinfo=UTC)).timestamp()
 
 
 class CountAnswers:

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast, Field, GetCoreSchemaHandler, ValidationError
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    GetCoreSchemaHandler,
+    TypeAdapter,
+    ValidationError,
+)
 from pydantic_core import CoreSchema, core_schema
 
 from bundle.encode import Request
@@ -15,6 +23,8 @@ from service.errors import FieldError, InvalidRequestError, invalid
 from service.settings import Settings
 
 MAX_ID_LENGTH = 128
+MAX_EVENTS = 500
+"""In one feedback; so many take the event loop about 2 ms."""
 MAX_VALUE_LENGTH = 256
 """Characters. No real category is longer, and every row of a column is hashed."""
 
@@ -145,6 +155,30 @@ class ScoreRequest(_Model):
         )
 
 
+class Event(_Model):
+    """What became of one scored candidate that was shown."""
+
+    request_id: str = Field(
+        min_length=1,
+        max_length=MAX_ID_LENGTH,
+        description="The x-request-id of the answer that had the score.",
+    )
+    item: Id
+    clicked: bool
+    score: Annotated[float, Field(strict=True, ge=0, le=1)] = Field(
+        description="As the answer gave it."
+    )
+    model: str = Field(max_length=MAX_ID_LENGTH, description="As the answer gave it.")
+
+
+class FeedbackCounts(_Model):
+    """What became of the events."""
+
+    counted: int
+    duplicate: int = Field(description="Had been reported before, by request and item.")
+    unknown_model: int
+
+
 class Degraded(_Model):
     """An input that the scores had to do without, wholly or in part, though it may well exist."""
 
@@ -261,6 +295,28 @@ def decode(body: bytes, settings: Settings) -> ScoreRequest:
     if request.user.history:
         _check_length(request.user.history.items, settings.max_history, "user.history.items")
     return request
+
+
+_EVENTS: TypeAdapter[Annotated[list[Event], FailFast()]] = TypeAdapter(
+    Annotated[list[Event], FailFast()]
+)
+
+
+def decode_events(body: bytes) -> list[Event]:
+    """Events from the bytes of their JSON: a list of them, or one alone.
+
+    Raises:
+        MalformedJsonError: not JSON.
+        InvalidRequestError: JSON, but not events, or more than `MAX_EVENTS`.
+    """
+    try:
+        if not body.lstrip().startswith(b"["):
+            return [Event.model_validate_json(body)]
+        events = _EVENTS.validate_json(body)
+    except ValidationError as error:
+        raise invalid(error) from None
+    _check_length(events, MAX_EVENTS, "body")
+    return events
 
 
 def _check_length(column: list[Any], limit: int, field: str) -> None:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
 
 
 class SettingsError(ValueError):
@@ -43,6 +45,20 @@ class Settings:
     """Most history items in one request; the model reads the newest of them."""
     log_level: str = "info"
     """One of `LOG_LEVELS`."""
+    log_format: str = "text"
+    """One of `LOG_FORMATS`: text for a terminal, json for machines, an object per line."""
+    log_user_sample: float = 0.0
+    """Share of log lines about one request that name its user, 0 .. 1."""
+    slow_ms: float = 100.0
+    """Scoring requests that take longer are logged, with their stages."""
+    traces: bool = False
+    """Whether requests are traced, which needs the extra [otel] and is set up by OTEL_*."""
+    audit_dir: Path | None = None
+    """Directory in which some requests are kept with their scores; None: no request is."""
+    audit_sample: float = 0.01
+    """Share of the requests that are kept, 0 .. 1."""
+    audit_mb: int = 1000
+    """Megabytes of what is kept; the oldest is removed."""
     metrics_dir: Path | None = None
     """Where worker processes share their metrics; None with one process. Not a variable of ours:
     prometheus_client reads PROMETHEUS_MULTIPROC_DIR by itself."""
@@ -67,7 +83,14 @@ class Settings:
             max_body_bytes=_count(environ, "ECDCTR_MAX_BODY_BYTES", cls.max_body_bytes),
             max_candidates=_count(environ, "ECDCTR_MAX_CANDIDATES", cls.max_candidates),
             max_history=_count(environ, "ECDCTR_MAX_HISTORY", cls.max_history),
-            log_level=_log_level(environ, "ECDCTR_LOG_LEVEL", cls.log_level),
+            log_level=_one_of(LOG_LEVELS, environ, "ECDCTR_LOG_LEVEL", cls.log_level),
+            log_format=_one_of(LOG_FORMATS, environ, "ECDCTR_LOG_FORMAT", cls.log_format),
+            log_user_sample=_share(environ, "ECDCTR_LOG_USER_SAMPLE", cls.log_user_sample),
+            slow_ms=_positive(environ, "ECDCTR_SLOW_MS", cls.slow_ms),
+            traces=_one_of(("0", "1"), environ, "ECDCTR_TRACES", "0") == "1",
+            audit_dir=_writable_folder(environ, "ECDCTR_AUDIT_DIR"),
+            audit_sample=_share(environ, "ECDCTR_AUDIT_SAMPLE", cls.audit_sample),
+            audit_mb=_count(environ, "ECDCTR_AUDIT_MB", cls.audit_mb),
             metrics_dir=Path(metrics_dir) if metrics_dir else None,
         )
 
@@ -108,8 +131,26 @@ def _count(environ: Mapping[str, str], name: str, default: int, least: int = 1) 
     return int(text)
 
 
-def _log_level(environ: Mapping[str, str], name: str, default: str) -> str:
+def _one_of(allowed: Sequence[str], environ: Mapping[str, str], name: str, default: str) -> str:
     value = environ.get(name, "").lower() or default
-    if value not in LOG_LEVELS:
-        raise SettingsError(f"{name}={value!r} must be one of {', '.join(LOG_LEVELS)}")
+    if value not in allowed:
+        raise SettingsError(f"{name}={value!r} must be one of {', '.join(allowed)}")
     return value
+
+
+def _share(environ: Mapping[str, str], name: str, default: float) -> float:
+    text = environ.get(name, "")
+    try:
+        value = float(text or default)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise SettingsError(f"{name}={text!r} must be a number from 0 to 1")
+    return value
+
+
+def _writable_folder(environ: Mapping[str, str], name: str) -> Path | None:
+    text = environ.get(name, "")
+    if text and not (Path(text).is_dir() and os.access(text, os.W_OK)):
+        raise SettingsError(f"{name}={text!r} is not a directory that can be written to")
+    return Path(text) if text else None

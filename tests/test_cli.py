@@ -25,6 +25,7 @@ VERBS = [
     "train actr",
     "evaluate",
     "export",
+    "audit",
     "publish",
     "store windows",
     "store stats",

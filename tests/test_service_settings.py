@@ -31,6 +31,13 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
             "ECDCTR_MAX_CANDIDATES": "7",
             "ECDCTR_MAX_HISTORY": "8",
             "ECDCTR_LOG_LEVEL": "DEBUG",
+            "ECDCTR_LOG_FORMAT": "json",
+            "ECDCTR_LOG_USER_SAMPLE": "0.5",
+            "ECDCTR_SLOW_MS": "20",
+            "ECDCTR_TRACES": "1",
+            "ECDCTR_AUDIT_DIR": str(tmp_path),
+            "ECDCTR_AUDIT_SAMPLE": "1",
+            "ECDCTR_AUDIT_MB": "5",
             "PROMETHEUS_MULTIPROC_DIR": str(tmp_path),
         }
     )
@@ -47,6 +54,13 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         max_candidates=7,
         max_history=8,
         log_level="debug",
+        log_format="json",
+        log_user_sample=0.5,
+        slow_ms=20,
+        traces=True,
+        audit_dir=tmp_path,
+        audit_sample=1,
+        audit_mb=5,
         metrics_dir=tmp_path,
     )
 
@@ -65,6 +79,13 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         ("ECDCTR_MAX_HISTORY", "1.5", "must be a whole number of at least 1"),
         ("ECDCTR_ITEM_CACHE_MB", "-1", "must be a whole number of at least 0"),
         ("ECDCTR_LOG_LEVEL", "loud", "must be one of debug, info, warning, error"),
+        ("ECDCTR_LOG_FORMAT", "xml", "must be one of text, json"),
+        ("ECDCTR_LOG_USER_SAMPLE", "1.5", "must be a number from 0 to 1"),
+        ("ECDCTR_SLOW_MS", "0", "must be a number above 0"),
+        ("ECDCTR_TRACES", "yes", "must be one of 0, 1"),
+        ("ECDCTR_AUDIT_DIR", "/no/such/folder", "is not a directory that can be written to"),
+        ("ECDCTR_AUDIT_SAMPLE", "many", "must be a number from 0 to 1"),
+        ("ECDCTR_AUDIT_MB", "0", "must be a whole number of at least 1"),
     ],
 )
 def test_a_wrong_value_names_its_variable_and_what_is_right(
