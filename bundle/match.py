@@ -44,26 +44,26 @@ class History:
         """float32 [N, MATCH_VALUES * levels + 2] for pairs of a level's values in the history [L]
         and of the candidates [N]."""
         num = len(levels[0][1])
-        out = np.empty((num, MATCH_VALUES * len(levels) + 2), np.float32)
-        for place, (history, candidates) in enumerate(levels):
-            start = place * MATCH_VALUES
-            out[:, start : start + MATCH_VALUES] = self._level(history, candidates)
-        out[:, -2:] = np.log1p(self._sums[:, :2].sum(axis=0))
-        return out
+        totals: Floats = np.log1p(self._sums[:, :2].sum(axis=0)).astype(np.float32)
+        parts = [self._level(history, candidates) for history, candidates in levels]
+        return np.concatenate([*parts, np.broadcast_to(totals, (num, 2))], axis=1)
 
     def _level(self, history: Values, candidates: Values) -> Floats:
         if not len(history):
             history = np.zeros(1, history.dtype)  # which matches nothing
             return History(np.zeros(1), np.zeros(1))._level(history, candidates)
-        order = np.argsort(history, kind="stable")
-        ordered = history[order]
-        starts = np.flatnonzero(np.diff(ordered, prepend=-1))
-        values = ordered[starts]
+        order = history.argsort(kind="stable")
+        ordered = history.take(order)
+        is_start = np.ones(len(ordered), np.bool_)
+        np.not_equal(ordered[1:], ordered[:-1], out=is_start[1:])
+        starts = is_start.nonzero()[0]
+        values = ordered.take(starts)
         facts = np.zeros((len(values) + 1, MATCH_VALUES), np.float32)
         facts[-1, -1] = np.log1p(NEVER_DAYS)
         facts[:-1, 0] = 1.0
-        facts[:-1, 1:-1] = np.log1p(np.add.reduceat(self._sums[order], starts, axis=0))
-        facts[:-1, -1] = self._age[order[starts]]  # newest first
-        at = np.searchsorted(values, candidates)
-        found = (values.take(at, mode="clip") == candidates) & (candidates > 0)
-        return facts.take(np.where(found, at, len(values)), axis=0)
+        sums = np.add.reduceat(self._sums.take(order, axis=0), starts, axis=0)
+        facts[:-1, 1:-1] = np.log1p(sums)
+        facts[:-1, -1] = self._age.take(order.take(starts))  # newest first
+        at = values.searchsorted(candidates)
+        at[(values.take(at, mode="clip") != candidates) | (candidates <= 0)] = len(values)
+        return facts.take(at, axis=0)
