@@ -2,8 +2,8 @@
 
 A bucket is a string that holds some rows, and is read whole: 32 users, because a request asks for
 one user and there are very many; four items, because it asks for hundreds. Measured with
-D = 16, float16 (103 bytes and an 8-byte id each), 100 k entities, 500 of them looked up by the
-asyncio client, valkey 9.1 with libc's allocator:
+D = 16, float16 (103 bytes and an 8-byte id each), 100 k entities, 500 of them looked up by an
+asyncio client, valkey 9.1 with libc's allocator (docs/store.md has what it takes now):
 
     a string per entity                                207 B/entity   2.0 ms    149 k rows/s loaded
     hash of 64, server's defaults (a hash table)       144 B/entity   5.1 ms    138 k
