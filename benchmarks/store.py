@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import multiprocessing
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ from embeddings_store import (
     PackedWindow,
     Reader,
     Snapshot,
+    StoreUnavailable,
     open_store,
     pack_window,
     window_months,
@@ -92,7 +94,13 @@ def draw_ids(num: int, seed: int) -> Ids:
 
 @contextmanager
 def running(binary: str) -> Iterator[str]:
-    """A server on a socket of a new directory, and its URL."""
+    """A server on a socket of a new directory; its URL."""
+    with _process(binary) as (url, _):
+        yield url
+
+
+@contextmanager
+def _process(binary: str) -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
     folder = Path(tempfile.mkdtemp(prefix="ecdctr-bench-"))
     socket = folder / "server.sock"
     command = [binary, "--port", "0", "--unixsocket", str(socket), "--dir", str(folder)]
@@ -103,7 +111,7 @@ def running(binary: str) -> Iterator[str]:
             if socket.exists() or process.poll() is not None:
                 break
             time.sleep(0.01)
-        yield f"unix://{socket}"
+        yield f"unix://{socket}", process
     finally:
         process.kill()
         process.wait()
@@ -174,6 +182,36 @@ async def measure_lookups(figures: Figures, server: str, binary: str, size: Size
             _add_times(figures, f"user + {num} items, {server}, items cached", times)
         await cached.close()
         store.close()
+
+
+async def measure_recovery(figures: Figures, server: str, binary: str) -> None:
+    """Lookups with the default deadline while the server is stopped for a second, and after."""
+    with _process(binary) as (url, process):
+        store = open_store(url)
+        reader = await store.reader(store.publish(draw_window(1000, 1000)))
+        ids, times = draw_ids(1000, 2)[:200], []
+        process.send_signal(signal.SIGSTOP)
+        stopped_s = time.perf_counter()
+        while time.perf_counter() < stopped_s + 1:
+            times.append(await _timed(lambda: _answered(reader, ids)))
+            await asyncio.sleep(0.001)
+        process.send_signal(signal.SIGCONT)
+        back_s = time.perf_counter()
+        while not await _answered(reader, ids):
+            await asyncio.sleep(0.001)
+        recovered_ms = (time.perf_counter() - back_s) * 1000
+        figures.add(f"longest lookup at a frozen server, {server}", max(times) * 1000, "ms")
+        figures.add(f"until lookups work again, {server}", recovered_ms, "ms", at_most=1000)
+        await reader.close()
+        store.close()
+
+
+async def _answered(reader: Reader, ids: Ids) -> bool:
+    try:
+        await reader.lookup("items", ids)
+    except StoreUnavailable:
+        return False
+    return True
 
 
 async def measure_local(figures: Figures, size: Size) -> None:
@@ -273,7 +311,7 @@ async def _items(reader: Reader, ids: Ids, lookups: int, num: int) -> list[float
     return times
 
 
-async def _timed(ask: Callable[[], Awaitable[None]]) -> float:
+async def _timed(ask: Callable[[], Awaitable[object]]) -> float:
     started_s = time.perf_counter()
     await ask()
     return time.perf_counter() - started_s
@@ -297,6 +335,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f"Measuring {server} ...", file=sys.stderr)
         measure_memory(figures, server, binary, size)
         asyncio.run(measure_lookups(figures, server, binary, size))
+        asyncio.run(measure_recovery(figures, server, binary))
     print("Measuring what is local ...", file=sys.stderr)
     asyncio.run(measure_local(figures, size))
     figures.write(options.out / "store.json")

@@ -32,6 +32,7 @@ from scipy.special import expit
 from sklearn.metrics import log_loss, roc_auc_score
 from torch import Tensor, nn
 
+from benchmarks.figures import Figures
 from bundle.encode import Encoder
 from bundle.items import ItemTable
 from bundle.spec import Feature, read_spec
@@ -301,56 +302,37 @@ def tier_speeds(data: Path) -> dict[str, float]:
     }
 
 
-def figures(
-    runs: list[Run], best: float, tiers: dict[str, float]
-) -> list[dict[str, float | str | bool | None]]:
-    """What the run found, one entry each: figure, value, unit, goal, met."""
-    found: list[dict[str, float | str | bool | None]] = []
-
-    def add(figure: str, value: float, unit: str, goal: str = "", met: bool | None = None) -> None:
-        found.append(
-            {"figure": figure, "value": round(value, 5), "unit": unit, "goal": goal, "met": met}
-        )
-
+def figures(runs: list[Run], best: float, tiers: dict[str, float]) -> Figures:
+    """What the run found."""
+    found = Figures()
     sides = list(dict.fromkeys(run.side for run in runs))
     speeds = {s: statistics.median(r.rows_per_s for r in runs if r.side == s) for s in sides}
     chosen = {s: min((r for r in runs if r.side == s), key=lambda run: run.log_loss) for s in sides}
     peers = [side for side in sides if side != "ours"]
     for side in sides:
-        add(f"rows per second, {side}", speeds[side], "rows/s")
+        found.add(f"rows per second, {side}", speeds[side], "rows/s")
     if peers:
         times = speeds["ours"] / max(speeds[side] for side in peers)
-        add("rows per second, ours to the faster peer", times, "x", f">= {GOAL:g}", times >= GOAL)
+        found.add("rows per second, ours to the faster peer", times, "x", at_least=GOAL)
         more = chosen["ours"].log_loss - min(chosen[side].log_loss for side in peers)
-        add("log loss, ours at its best less the better peer's", more, "nats", "<= 0", more <= 0)
+        found.add("log loss, ours at its best less the better peer's", more, "nats", at_most=0)
     for side in sides:
         run = chosen[side]
         at = f" (learning rate {run.rate:g})"
-        add(f"log loss, {side}{at}", run.log_loss, "nats")
-        add(f"AUC, {side}{at}", run.auc, "")
-        add(f"predicted clicks per real one, {side}{at}", run.pcoc, "")
-    add("log loss, best possible", best, "nats")
+        found.add(f"log loss, {side}{at}", run.log_loss, "nats")
+        found.add(f"AUC, {side}{at}", run.auc, "")
+        found.add(f"predicted clicks per real one, {side}{at}", run.pcoc, "")
+    found.add("log loss, best possible", best, "nats")
     for side in sides:
         default = next(run for run in runs if run.side == side and run.rate == RATES[0])
-        add(
+        found.add(
             f"log loss, {side} (learning rate {RATES[0]:g}, the peers' default)",
             default.log_loss,
             "nats",
         )
     for name, speed in tiers.items():
-        add(f"rows per second, {name} on Complete Journey, one thread", speed, "rows/s")
+        found.add(f"rows per second, {name} on Complete Journey, one thread", speed, "rows/s")
     return found
-
-
-def table(found: list[dict[str, float | str | bool | None]]) -> str:
-    """The figures for people."""
-    lines = []
-    for entry in found:
-        met = {True: "met", False: "NOT met", None: ""}[cast("bool | None", entry["met"])]
-        value = f"{entry['value']:>14,.5g}" if entry["unit"] != "rows/s" else ""
-        value = value or f"{entry['value']:>14,.0f}"
-        lines.append(f"{entry['figure']:<66}{value} {entry['unit']:<7}{entry['goal']:<7}{met}")
-    return "\n".join(line.rstrip() for line in lines)
 
 
 def _encoder() -> Encoder:
@@ -384,8 +366,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not options.quick and not data.exists():
         import_complete_journey(data, source_folder())
     found = figures(runs, best, {} if options.quick else tier_speeds(data))
-    (options.out / "training.json").write_text(json.dumps(found, indent=2))
-    print(table(found))
+    found.write(options.out / "training.json")
+    print(found)
 
 
 if __name__ == "__main__":
