@@ -46,6 +46,11 @@ class Figures:
             goal, met = f"<= {at_most:,g}", value <= at_most
         self.found.append(Figure(figure, float(f"{value:.6g}"), unit, goal, met))
 
+    @classmethod
+    def read(cls, path: Path) -> Figures:
+        """What `write` has written."""
+        return cls([Figure(**entry) for entry in json.loads(path.read_text())])
+
     def write(self, path: Path) -> None:
         """A list of {figure, value, unit, goal, met} as JSON; the folder is created."""
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import ecdctr
-from benchmarks.training import table
+from benchmarks.figures import Figures
 from experiments.catalogue import EXPERIMENTS
 from experiments.report import markdown
 from experiments.results import Result
@@ -70,9 +70,15 @@ def test_the_stored_table_of_the_replay_is_of_the_stored_days() -> None:
         assert row[4:] == [f"{pcoc:.3f}", f"{len(own)}", f"{positives:,}"]
 
 
-# The benchmark of training
+# The benchmarks
 
 
-def test_the_page_of_the_training_benchmark_has_the_table_that_was_stored() -> None:
-    found = json.loads((DOCS / "results" / "bench-training.json").read_text())
-    assert table(found) in (DOCS / "benchmarks-training.md").read_text()
+@pytest.mark.parametrize(
+    "name", [path.stem for path in (DOCS / "results").glob("bench-*.json")], ids=str
+)
+def test_the_page_of_a_benchmark_has_the_table_that_was_stored(name: str) -> None:
+    found = Figures.read(DOCS / "results" / f"{name}.json")
+    page = DOCS / {"bench-store": "store.md"}.get(
+        name, f"{name.replace('bench-', 'benchmarks-')}.md"
+    )
+    assert str(found) in page.read_text()
