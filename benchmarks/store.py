@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import multiprocessing
 import shutil
 import signal
@@ -144,25 +145,33 @@ def used_bytes(url: str) -> int:
 
 
 def measure_memory(figures: Figures, server: str, binary: str, size: Size) -> None:
-    """Users alone, in both ways of storing them, and how fast they are published."""
+    """Users alone and items alone, stored in two ways, and how fast users are published."""
     precisions: tuple[Precision, ...] = ("float16", "int8")
     for precision in precisions:
-        window = draw_window(size.users, 0, precision)
-        with running(binary) as url:
-            store = open_store(url)
-            store.windows()  # connects
-            before = used_bytes(url)
-            started_s = time.perf_counter()
-            store.publish(window)
-            rate = 3 * size.users / (time.perf_counter() - started_s)
-            per_user = (used_bytes(url) - before) / size.users
-            store.close()
         name = f"{server}, {precision}"
+        per_user, rate = _published(binary, draw_window(size.users, 0, precision))
+        per_item, _ = _published(binary, draw_window(0, size.items, precision))
         figures.add(f"memory per user, {name}", per_user, "bytes")
         if precision == "float16":
             times = per_user / PAYLOAD_BYTES
             figures.add(f"memory per user to its payload, {name}", times, "x", at_most=1.3)
+        figures.add(f"memory per item, {name}", per_item, "bytes")
         figures.add(f"vectors published per second, {name}", rate, "1/s", at_least=1e6)
+
+
+def _published(binary: str, window: PackedWindow) -> tuple[float, float]:
+    """Bytes of a server's memory per entity, and vectors published per second."""
+    num = sum(len(table.ids) for table in window.tables.values())
+    with running(binary) as url:
+        store = open_store(url)
+        store.windows()  # connects
+        before = used_bytes(url)
+        started_s = time.perf_counter()
+        store.publish(window)
+        rate = 3 * num / (time.perf_counter() - started_s)
+        per_entity = (used_bytes(url) - before) / num
+        store.close()
+    return per_entity, rate
 
 
 async def measure_lookups(figures: Figures, server: str, binary: str, size: Size) -> None:
@@ -325,6 +334,35 @@ def _add_times(
     figures.add(f"p99, {name}", float(p99), "us")
 
 
+USERS, ITEMS = 100_000_000, 10_000_000
+SHARD_BYTES = 25e9
+"""Of a master with 32 GB: the rest is for forks, buffers and connections."""
+PACE_MBPS = 40.0
+NUM_REQUESTS = 1000
+
+
+def capacity(figures: Figures) -> str:
+    """What a hundred million users and ten million items would take, from what was measured."""
+    found = {figure.figure: figure.value for figure in figures.found}
+    prefix = "memory per user, "
+    lines = []
+    for name in (key.removeprefix(prefix) for key in found if key.startswith(prefix)):
+        users, items = found[prefix + name] * USERS, found[f"memory per item, {name}"] * ITEMS
+        rate = found[f"vectors published per second, {name}"]
+        row_bytes = 9 + (PAYLOAD_BYTES if "float16" in name else 3 * (DIM + 4))
+        sent_bytes = row_bytes * (USERS + ITEMS)
+        lines.append(
+            f"{name}: users {users / 1e9:.1f} GB, items {items / 1e9:.1f} GB,"
+            f" {math.ceil((users + items) / SHARD_BYTES)} master(s) of 32 GB;"
+            f" published in {3 * (USERS + ITEMS) / rate / 60:.1f} min at full speed,"
+            f" in {sent_bytes / PACE_MBPS / 60e6:.1f} min at {PACE_MBPS:g} MB/s;"
+            f" {NUM_REQUESTS:,} requests a second read"
+            f" {32 * row_bytes * NUM_REQUESTS / 1e6:.1f} MB/s of users, and with 500 items that no"
+            f" bundle and no cache knows {2000 * row_bytes * NUM_REQUESTS / 1e6:.0f} MB/s of items"
+        )
+    return "\n".join(lines)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The embeddings store: memory and time.")
     parser.add_argument("--quick", action="store_true", help="small: only shows that it runs")
@@ -340,6 +378,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     asyncio.run(measure_local(figures, size))
     figures.write(options.out / "store.json")
     print(figures)
+    print(f"\n{USERS:,} users and {ITEMS:,} items:\n{capacity(figures)}")
 
 
 if __name__ == "__main__":

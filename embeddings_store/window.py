@@ -41,6 +41,7 @@ DEFAULT_DEADLINE_MS = 10.0
 _MONTH = re.compile(r"\d{4}-(0[1-9]|1[0-2])")
 _BUILD = re.compile(r"[0-9a-f]{16}")
 _MONTH_BITS: Bytes = np.array([1, 2, 4], dtype=np.uint8)
+_PRESENT: Bools = (np.arange(8, dtype=np.uint8)[:, None] & _MONTH_BITS) != 0
 
 
 # The error tree. An entity without a vector is no error: it is absent in `Windows.present`.
@@ -300,7 +301,7 @@ def decode(block: Block, bits: Bytes, found: Bools) -> Windows:
     Rows that are not `found` may hold anything.
     """
     vectors = to_float32(block)
-    present = (bits[:, None] & _MONTH_BITS) != 0
+    present = _PRESENT.take(bits & 7, axis=0)
     keep, num_invalid = found, 0
     if not _all_finite(vectors):
         keep = found & np.isfinite(vectors).all(axis=(1, 2))

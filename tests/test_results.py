@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 
 import ecdctr
 from benchmarks.figures import Figures
+from benchmarks.store import capacity
 from experiments.catalogue import EXPERIMENTS
 from experiments.report import markdown
 from experiments.results import Result
@@ -82,3 +82,8 @@ def test_the_page_of_a_benchmark_has_the_table_that_was_stored(name: str) -> Non
         name, f"{name.replace('bench-', 'benchmarks-')}.md"
     )
     assert str(found) in page.read_text()
+
+
+def test_the_capacity_of_the_store_is_that_of_its_figures() -> None:
+    found = Figures.read(DOCS / "results" / "bench-store.json")
+    assert capacity(found) in (DOCS / "store.md").read_text()
