@@ -4,9 +4,10 @@ WORKSPACE ?= build/workspace
 PORT ?= 8000
 BIN := .venv/bin
 PEERS := build/bench/peers/deepctr_torch/ready build/bench/peers/fuxictr/ready
+SERVERS := $(patsubst %,build/bench/peers/%/ready,fastapi litserve bentoml ray_serve mosec)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo serve test lint check format clean bench-store bench-training check-k8s check-container
+.PHONY: help demo serve test test-load lint check format clean bench-store bench-training bench-serving check-k8s check-container
 
 help: ## Show what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -19,6 +20,10 @@ serve: .venv/train ## Serve the model of the demo on port 8000 until stopped
 
 test: lint ## Lint, types and all tests (starts and stops the servers that it needs)
 	$(BIN)/python -m pytest
+
+test-load: .venv/dev ## Overload, memory and hostile requests at full length, for a quiet machine
+	ECDCTR_TEST_LOAD=1 $(BIN)/python -m pytest -s tests/load
+	ECDCTR_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py --timeout 3000
 
 check: test ## The same: what CI runs
 
@@ -33,6 +38,10 @@ bench-store: .venv/dev ## Memory, publishing and lookups of the store, on real s
 
 bench-training: .venv/train $(PEERS) ## Training speed beside DeepCTR-Torch and FuxiCTR
 	$(BIN)/python -m benchmarks.training
+
+bench-serving: .venv/dev $(SERVERS) ## This service beside FastAPI, LitServe, BentoML, Ray Serve, mosec
+	@test -d $(WORKSPACE)/models || $(MAKE) demo
+	$(BIN)/python -m benchmarks.serving --bundle-from $(WORKSPACE)
 
 build/bench/peers/%/ready: benchmarks/peers/%.txt
 	$(PYTHON) -m venv $(@D)

@@ -256,7 +256,12 @@ def _audit(options: argparse.Namespace) -> None:
 def _promote(options: argparse.Namespace) -> None:
     from bundle.registry import Registry
 
-    current = Registry(_registry(options)).promote(options.id)
+    registry = Registry(_registry(options))
+    if options.canary_share:
+        current = registry.start_canary(options.id, options.canary_share)
+        print(f"current: {current.current}, canary: {current.canary}")
+        return
+    current = registry.promote(options.id)
     print(f"current: {current.current}, previous: {current.previous or 'none'}")
 
 
@@ -265,6 +270,12 @@ def _rollback(options: argparse.Namespace) -> None:
 
     current = Registry(_registry(options)).rollback()
     print(f"current: {current.current}, previous: {current.previous or 'none'}")
+
+
+def _stop_canary(options: argparse.Namespace) -> None:
+    from bundle.registry import Registry
+
+    print(f"current: {Registry(_registry(options)).stop_canary().current}, canary: none")
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -535,6 +546,11 @@ def _add_serving(verbs: _Verbs) -> None:
     verb = _verb(verbs, "promote", "make a bundle the current one", _promote)
     verb.add_argument("id", help="the bundle's id, as 'export' printed it")
     _registry_option(verb)
+    verb.add_argument(
+        "--canary-share", type=float, help="only for that share of users, beside the current one"
+    )
+
+    _verb(verbs, "stop-canary", "give all users back to the current bundle", _stop_canary)
     verb = _verb(verbs, "rollback", "make the previous bundle the current one", _rollback)
     _registry_option(verb)
     verb = _verb(verbs, "serve", "answer scoring requests over HTTP", _serve)

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from bundle.manifest import BundleError, Manifest, read_manifest, refusals, verify
 
@@ -23,6 +24,16 @@ class RegistryError(ValueError):
 
 
 @dataclass(frozen=True)
+class Canary:
+    """A bundle that scores a share of the users, 0 .. 1, beside the current one."""
+
+    id: str
+    share: float
+    salt: str
+    """Which users these are; of its own for each canary, and kept when its share changes."""
+
+
+@dataclass(frozen=True)
 class Current:
     """Which bundle is live, and which one was before it."""
 
@@ -30,6 +41,7 @@ class Current:
     previous: str | None
     changed_at: str
     """UTC, ISO 8601."""
+    canary: Canary | None = None
 
 
 class Registry:
@@ -59,8 +71,8 @@ class Registry:
         return read_manifest(self.path(bundle_id))
 
     def servable(self) -> list[Manifest]:
-        """Bundles that are live or may be, sorted: the current one, the one before it, and those
-        that were not refused and are for the current one's day or later.
+        """Bundles that are live or may be, sorted: the current one, the one before it, the canary,
+        and those that were not refused and are for the current one's day or later.
 
         Raises:
             RegistryError: nothing has been promoted, so nothing is known of that.
@@ -71,11 +83,11 @@ class Registry:
                 f"{self.root}: no bundle has been promoted; is it the right folder?"
             )
         live = self.read(current.current)
+        named = (current.current, current.previous, current.canary and current.canary.id)
         return [
             manifest
             for manifest in map(self.read, self.ids())
-            if manifest.id in (current.current, current.previous)
-            or (manifest.asof >= live.asof and not refusals(manifest))
+            if manifest.id in named or (manifest.asof >= live.asof and not refusals(manifest))
         ]
 
     @contextmanager
@@ -119,7 +131,7 @@ class Registry:
         """
         path = self.root / "current.json"
         try:
-            return _checked(Current(**json.loads(path.read_text())))
+            return _checked(json.loads(path.read_text()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -133,13 +145,46 @@ class Registry:
             BundleError: the bundle is damaged.
         """
         self._verify(bundle_id)
-        if reasons := refusals(self.read(bundle_id)):
-            raise RegistryError(f"{bundle_id} was refused: {'; '.join(reasons)}")
+        self._check_gates(bundle_id)
         with self._locked():
             before = self._current_or_none()
             if before and before.current == bundle_id:
                 return before
-            return self._write(bundle_id, before.current if before else None)
+            canary = before.canary if before else None
+            return self._write(bundle_id, before.current if before else None, canary)
+
+    def start_canary(self, bundle_id: str, share: float) -> Current:
+        """Gives a share of the users to a bundle, after verifying it; for the bundle that is the
+        canary already it changes the share. It ends with `stop_canary`, or when it is promoted.
+
+        Raises:
+            RegistryError: no such bundle, its gates refused it, it is the current one, nothing is
+                promoted, or the share is not above 0 and at most 1.
+            BundleError: the bundle is damaged.
+        """
+        if not 0 < share <= 1:
+            raise RegistryError(f"a canary's share is {share}; it must be above 0 and at most 1")
+        self._verify(bundle_id)
+        self._check_gates(bundle_id)
+        with self._locked():
+            before = self.current()
+            if before is None or before.current == bundle_id:
+                raise RegistryError(f"{bundle_id} can't be a canary beside {before}")
+            known = before.canary
+            salt = known.salt if known and known.id == bundle_id else os.urandom(8).hex()
+            return self._write(before.current, before.previous, Canary(bundle_id, share, salt))
+
+    def stop_canary(self) -> Current:
+        """All users are the current bundle's again.
+
+        Raises:
+            RegistryError: there is no canary.
+        """
+        with self._locked():
+            before = self.current()
+            if before is None or before.canary is None:
+                raise RegistryError(f"{self.root}: there is no canary to stop")
+            return self._write(before.current, before.previous, None)
 
     def rollback(self) -> Current:
         """Makes the previous bundle the current one; a second call goes forward again.
@@ -152,7 +197,11 @@ class Registry:
             if before is None or before.previous is None:
                 raise RegistryError(f"{self.root}: no previous bundle to roll back to")
             self._verify(before.previous)
-            return self._write(before.previous, before.current)
+            return self._write(before.previous, before.current, before.canary)
+
+    def _check_gates(self, bundle_id: str) -> None:
+        if reasons := refusals(self.read(bundle_id)):
+            raise RegistryError(f"{bundle_id} was refused: {'; '.join(reasons)}")
 
     def _verify(self, bundle_id: str) -> None:
         found = verify(self.path(bundle_id)).id
@@ -165,10 +214,16 @@ class Registry:
         except RegistryError:
             return None
 
-    def _write(self, current: str, previous: str | None) -> Current:
-        changed = Current(current, previous, datetime.now(UTC).isoformat(timespec="seconds"))
+    def _write(self, current: str, previous: str | None, canary: Canary | None) -> Current:
+        if canary and canary.id == current:
+            canary = None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        changed = Current(current, previous, now, canary)
         temporary = self.root / f".current-{os.getpid()}.json"
-        temporary.write_text(json.dumps(asdict(changed), indent=2))
+        document = asdict(changed)
+        if canary is None:
+            del document["canary"]  # which releases before this one refuse to read
+        temporary.write_text(json.dumps(document, indent=2))
         sync(temporary)
         os.replace(temporary, self.root / "current.json")
         sync(self.root)
@@ -182,8 +237,14 @@ class Registry:
             yield
 
 
-def _checked(found: Current) -> Current:
-    for name in (found.current, found.previous or ""):
+def _checked(document: Any) -> Current:
+    if not isinstance(document, dict):
+        raise TypeError(f"{document!r} is not an object")
+    canary = document.pop("canary", None)
+    found = Current(**document, canary=Canary(**canary) if canary else None)
+    if found.canary and not 0 < found.canary.share <= 1:
+        raise ValueError(f"{found.canary.share!r} is not the share of a canary")
+    for name in (found.current, found.previous or "", found.canary.id if found.canary else ""):
         if not isinstance(name, str):
             raise TypeError(f"{name!r} is not the id of a bundle")
     return found
@@ -198,4 +259,4 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["BundleError", "Current", "Registry", "RegistryError", "sync"]
+__all__ = ["BundleError", "Canary", "Current", "Registry", "RegistryError", "sync"]

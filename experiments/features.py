@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -22,7 +23,10 @@ def data_with(features: str, data: Path, root: Path) -> Path:
     for path in data.iterdir():
         if path.name != "features.toml" and not (folder / path.name).exists():
             (folder / path.name).symlink_to(path.resolve())
-    (folder / "features.toml").write_text(_without_long((data / "features.toml").read_text()))
+    # Others may be reading it.
+    temporary = folder / f"features.toml.{os.getpid()}"
+    temporary.write_text(_without_long((data / "features.toml").read_text()))
+    temporary.replace(folder / "features.toml")
     return folder
 
 

@@ -27,9 +27,11 @@ from uvicorn.supervisors import Multiprocess
 
 from bundle.registry import Registry
 from embeddings_store import Store
-from service import errors, logs
+from service import console, errors, logs
+from service.admission import Admission, TurnAway
 from service.audit import Audit
 from service.body import BodyLimit
+from service.control import Control, own_port
 from service.endpoints import Endpoints
 from service.live import Live
 from service.logs import FollowRequests
@@ -44,6 +46,7 @@ from service.schemas import (
     ScoreResponse,
 )
 from service.settings import Settings
+from service.shutdown import Drain, SayGoodbye
 from service.traces import TraceRequests, open_provider
 from service.windows import WindowSource
 
@@ -51,6 +54,8 @@ log = logging.getLogger(__name__)
 
 GRACE_S = 30
 """How long requests that are under way may take after SIGTERM."""
+CONTROL_HOST = "127.0.0.1"
+"""Control on a port of its own is for this machine; `kubectl port-forward` reaches it too."""
 TICK_S = 5.0
 """How often metrics that are not counted for each request are brought up to date."""
 KEEP_ALIVE_S = 80
@@ -58,10 +63,11 @@ KEEP_ALIVE_S = 80
 _SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 _PROBLEMS = {
     400: "The body is not JSON.",
+    408: "The body did not arrive in time.",
     413: "The body is too large.",
     415: "The body is declared as something other than JSON.",
     422: "A value is wrong; `errors` names the fields.",
-    503: "No model is live.",
+    503: "No model is live, or more work is waiting than can be done in time.",
     504: "The request's `deadline_ms` passed.",
 }
 
@@ -86,6 +92,10 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     live = Live(settings, metrics, WindowSource(settings, store))
     audit = _audit(settings, metrics)
     traces = open_provider() if settings.traces else None
+    admission = Admission(settings.max_wait_ms / 1000, metrics)
+    drain = Drain(settings.drain_s)
+    control = Control(Registry(settings.registry), live, metrics, settings.control_token)
+    has_control = bool(settings.control_token) and not settings.control_port
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -96,7 +106,9 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
                 audit.start()
             await live.start()
             ticking = asyncio.create_task(_tick(settings, live, metrics))
-            yield
+            async with _control_port(settings, control):
+                with drain.on_sigterm():
+                    yield
         finally:
             if ticking is not None:
                 ticking.cancel()
@@ -119,14 +131,32 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     errors.install(app)
     # The last one added is the outermost.
     app.add_middleware(errors.AnswerFaults)
-    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(
+        BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+    )
     app.add_middleware(CountAnswers, metrics=metrics)
     if traces is not None:
         app.add_middleware(TraceRequests, provider=traces)
     app.add_middleware(FollowRequests)
-    _add_endpoints(app, Endpoints(settings, live, metrics, audit))
+    app.add_middleware(TurnAway, admission=admission, metrics=metrics)
+    app.add_middleware(SayGoodbye, drain=drain)
+    _add_endpoints(app, Endpoints(settings, live, metrics, admission, drain, audit))
+    if has_control:
+        control.install(app)
     _add_docs(app)
+    if settings.console:
+        registry = Registry(settings.registry)
+        console.install(app, console.Console(registry, live, control=has_control))
     return app
+
+
+@asynccontextmanager
+async def _control_port(settings: Settings, control: Control) -> AsyncIterator[None]:
+    if not (settings.control_token and settings.control_port):
+        yield
+        return
+    async with own_port(control, CONTROL_HOST, settings.control_port):
+        yield
 
 
 def _audit(settings: Settings, metrics: Metrics) -> Audit | None:

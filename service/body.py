@@ -1,18 +1,26 @@
-"""A bound on request bodies, held while they arrive, whether or not their length was announced."""
+"""Bounds on request bodies, held while they arrive: bytes, whether or not they were announced, and
+the time that they take."""
 
 from __future__ import annotations
+
+import asyncio
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLargeError, UnsupportedMediaTypeError, problem
+from service.errors import (
+    BodyTooLargeError,
+    SlowBodyError,
+    UnsupportedMediaTypeError,
+    problem,
+)
 
 
 class BodyLimit:
     """ASGI middleware. starlette's own answers some cases as plain text, hence this one."""
 
-    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
-        self._app, self._max_bytes = app, max_bytes
+    def __init__(self, app: ASGIApp, max_bytes: int, timeout_s: float) -> None:
+        self._app, self._max_bytes, self._timeout_s = app, max_bytes, timeout_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -22,12 +30,21 @@ class BodyLimit:
         if announced.isdecimal() and int(announced) > self._max_bytes:
             await problem(self._too_large())(scope, receive, send)
             return
-        num_bytes = 0
+        num_bytes, is_whole = 0, False
+        give_up_at_s = asyncio.get_running_loop().time() + self._timeout_s
 
         async def counting() -> Message:
-            nonlocal num_bytes
-            message = await receive()
+            nonlocal num_bytes, is_whole
+            if is_whole:  # what comes after the body is that the caller has gone away
+                return await receive()
+            try:
+                async with asyncio.timeout_at(give_up_at_s):
+                    message = await receive()
+            except TimeoutError:
+                text = f"the body must arrive within {self._timeout_s:g} s"
+                raise SlowBodyError(text) from None
             num_bytes += len(message.get("body", b""))
+            is_whole = not message.get("more_body", False)
             if num_bytes > self._max_bytes:
                 raise self._too_large()
             return message
@@ -38,12 +55,17 @@ class BodyLimit:
         return BodyTooLargeError(f"the body must be at most {self._max_bytes} bytes")
 
 
-def check_json(content_type: str | None) -> None:
-    """A body without a media type is taken to be JSON.
+def check_json(content_type: str | None, encoding: str | None = None) -> None:
+    """A body without a media type is taken to be JSON. A compressed one is not read: a few bytes
+    could become more than any limit.
 
     Raises:
-        UnsupportedMediaTypeError: it is declared as something else.
+        UnsupportedMediaTypeError: it is declared as something else, or as compressed.
     """
+    if encoding and encoding.strip().lower() != "identity":
+        raise UnsupportedMediaTypeError(
+            f"content-encoding is {encoding!r:.100}, must be identity or absent"
+        )
     media_type = (content_type or "application/json").partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(

@@ -13,15 +13,18 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bundle.registry import Registry
+from service.admission import Admission, Admitted
 from service.audit import Audit
 from service.body import check_json
+from service.decode import decode, decode_events
 from service.errors import ImpossibleScoreError, NotReadyError
 from service.live import Live
 from service.logs import facts, trail
 from service.metrics import CONTENT_TYPE, Metrics
-from service.schemas import LiveModel, Models, RefusedModel, ScoreRequest, decode, decode_events
+from service.schemas import LiveModel, Models, RefusedModel, ScoreRequest
 from service.scorer import Deadline, Scored, Stages
 from service.settings import Settings
+from service.shutdown import Drain
 
 log = logging.getLogger(__name__)
 
@@ -33,28 +36,34 @@ class Endpoints:
     settings: Settings
     live: Live
     metrics: Metrics
+    admission: Admission
+    drain: Drain
     audit: Audit | None = None
 
     async def score(self, request: Request) -> Response:
         """Click probabilities of N candidates for one user, in the order of the candidates."""
         with self.metrics.in_progress.track_inprogress():
-            return await self._score(request)
+            check_json(request.headers.get("content-type"), request.headers.get("content-encoding"))
+            body = await request.body()
+            async with self.admission.turn(request, body) as admitted:
+                return await self._score(body, admitted)
 
     async def feedback(self, request: Request) -> Response:
         """Takes events, each with its score and its model, and says how many were counted."""
-        check_json(request.headers.get("content-type"))
-        outcomes = self.metrics.feedback.take(decode_events(await request.body()))
-        self.metrics.reported(outcomes)
-        return _json(outcomes)
+        check_json(request.headers.get("content-type"), request.headers.get("content-encoding"))
+        body = await request.body()
+        async with self.admission.turn(request, body):
+            outcomes = self.metrics.feedback.take(decode_events(body))
+            self.metrics.reported(outcomes)
+            return _json(outcomes)
 
-    async def _score(self, request: Request) -> Response:
-        started_s = time.perf_counter()
+    async def _score(self, body: bytes, admitted: Admitted) -> Response:
+        started_s = admitted.arrived_s
         stages = Stages()
         own = trail()
         own.stages = stages.seconds
-        check_json(request.headers.get("content-type"))
-        with stages.timed("receive"):
-            body = await request.body()
+        stages.seconds["receive"] = admitted.received_s - started_s
+        stages.seconds["queue"] = admitted.begun_s - admitted.received_s
         with stages.timed("decode"):
             asked = decode(body, self.settings)
         own.request_id = asked.request_id or own.request_id
@@ -83,7 +92,7 @@ class Endpoints:
 
     async def readyz(self) -> Response:
         """A bundle is live, so requests can be scored; 503 and the reason otherwise."""
-        if reason := self.live.why_not_ready():
+        if reason := self.drain.why_not_ready() or self.live.why_not_ready():
             raise NotReadyError(reason)
         return _json({"status": "ready"})
 
@@ -94,7 +103,7 @@ class Endpoints:
 
     async def _scored(self, asked: ScoreRequest, deadline: Deadline, stages: Stages) -> Scored:
         try:
-            with self.live.use() as scorer:
+            with self.live.use(asked.user.id) as scorer:
                 return await scorer.score(asked.to_encode(), deadline, stages)
         except ImpossibleScoreError as error:
             self.metrics.impossible.inc()

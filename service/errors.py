@@ -2,11 +2,13 @@
 
     ServiceError
     ├── BodyTooLargeError          the body is larger than the service reads
+    ├── SlowBodyError              the body does not arrive in time
     ├── UnsupportedMediaTypeError  the body is not sent as JSON
     ├── MalformedJsonError         the body is not JSON
     ├── InvalidRequestError        the JSON is not a request
     ├── NotReadyError              no bundle is live
     ├── ImpossibleScoreError       the model gave something that is no probability
+    ├── OverloadedError            too much work waits for this to be done in time
     └── DeadlineExceededError      the caller's deadline passed before the scores were there
 
 Every error answer is application/problem+json (RFC 9457).
@@ -46,6 +48,10 @@ class BodyTooLargeError(ServiceError):
     pass
 
 
+class SlowBodyError(ServiceError):
+    pass
+
+
 class UnsupportedMediaTypeError(ServiceError):
     pass
 
@@ -77,6 +83,10 @@ class ImpossibleScoreError(ServiceError):
     pass
 
 
+class OverloadedError(ServiceError):
+    pass
+
+
 class DeadlineExceededError(ServiceError):
     pass
 
@@ -88,10 +98,13 @@ class Kind:
     status: int
     slug: str
     title: str
+    retry_after_s: int = 0
+    """When to try again; 0: nothing is said."""
 
 
 TABLE: Mapping[type[Exception], Kind] = {
     BodyTooLargeError: Kind(413, "body-too-large", "Body too large"),
+    SlowBodyError: Kind(408, "slow-body", "The body came too slowly"),
     UnsupportedMediaTypeError: Kind(415, "unsupported-media-type", "The body must be JSON"),
     MalformedJsonError: Kind(400, "malformed-json", "Malformed JSON"),
     ClientDisconnect: Kind(400, "disconnected", "The body was broken off"),
@@ -99,8 +112,11 @@ TABLE: Mapping[type[Exception], Kind] = {
     FeatureError: Kind(422, "invalid-request", "Invalid request"),
     NotReadyError: Kind(503, "not-ready", "No model is live"),
     ImpossibleScoreError: Kind(503, "impossible-score", "The model gave no probability"),
+    OverloadedError: Kind(503, "overloaded", "Overloaded", retry_after_s=1),
     DeadlineExceededError: Kind(504, "deadline-exceeded", "Deadline exceeded"),
 }
+_BROKEN_OFF = (408, 413)
+"""Answered before the whole body was read: what comes of it would be taken for another request."""
 _UNEXPECTED = Kind(500, "internal", "Internal error")
 
 
@@ -118,7 +134,10 @@ def problem(error: Exception) -> Response:
     }
     if fields := _field_errors(error):
         document["errors"] = fields[:MAX_ERRORS]
-    return Response(orjson.dumps(document), kind.status, media_type=MEDIA_TYPE)
+    headers = {"retry-after": str(kind.retry_after_s)} if kind.retry_after_s else {}
+    if kind.status in _BROKEN_OFF:
+        headers["connection"] = "close"
+    return Response(orjson.dumps(document), kind.status, headers, media_type=MEDIA_TYPE)
 
 
 def install(app: FastAPI) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ctypes
 import gc
 import logging
 import time
@@ -12,10 +13,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from bundle.registry import Current, Registry, RegistryError
+from bundle.registry import Canary, Current, Registry, RegistryError
 from embeddings_store.cache import CachedReader
 from service.errors import NotReadyError
 from service.metrics import Metrics
+from service.routing import is_chosen
 from service.scorer import Scorer
 from service.settings import Settings
 from service.vetting import RefusedError, load
@@ -24,6 +26,8 @@ from service.windows import WindowSource
 log = logging.getLogger(__name__)
 
 MAX_REFUSALS = 10
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+"""None where the C library is not glibc."""
 _DRAIN_S = 30.0
 """Longest wait for requests that began on a replaced bundle; each is bounded by itself."""
 
@@ -58,7 +62,10 @@ class Live:
         self._registry = Registry(settings.registry)
         self._scorer: Scorer | None = None
         self._tried: _Sight | None = None
+        self._canary: tuple[Canary, Scorer] | None = None
+        self._tried_canary: Canary | None = None
         self._task: asyncio.Task[None] | None = None
+        self._refreshing = asyncio.Lock()
         self.since = ""
         """When the live bundle went live; UTC, ISO 8601."""
         self.refusals: deque[Refusal] = deque(maxlen=MAX_REFUSALS)
@@ -70,15 +77,19 @@ class Live:
         return self._scorer
 
     @contextmanager
-    def use(self) -> Iterator[Scorer]:
-        """The live scorer, which stays usable until the block ends, whatever goes live meanwhile.
+    def use(self, user: str | int) -> Iterator[Scorer]:
+        """The scorer for a user, the live one or the canary, which stays usable until the block
+        ends, whatever goes live meanwhile.
 
         Raises:
             NotReadyError: no bundle is live; the text says why.
         """
         if self._scorer is None:
             raise NotReadyError(self.why_not_ready())
-        with self._scorer.in_use() as scorer:
+        chosen = self._scorer
+        if self._canary and is_chosen(user, self._canary[0].salt, self._canary[0].share):
+            chosen = self._canary[1]
+        with chosen.in_use() as scorer:
             yield scorer
 
     def why_not_ready(self) -> str:
@@ -105,12 +116,60 @@ class Live:
             await scorer.close()
             scorer.release()
             gc.unfreeze()
+        if self._canary is not None:
+            await self._canary[1].close()
+            self._canary[1].release()
+            self._canary = None
         self._source.close()
 
     async def refresh(self) -> None:
         """Makes the registry's current bundle the live one, or notes why it can't be. Never raises
         for what is wrong with a bundle, the registry or the store."""
-        sight = await asyncio.to_thread(self._look)
+        async with self._refreshing:
+            sight = await asyncio.to_thread(self._look)
+            await self._refresh(sight)
+            if not sight.error:
+                await self._follow_canary(sight.current.canary if sight.current else None)
+
+    async def vet(self, bundle_id: str) -> None:
+        """Loads a bundle and lets it go again; nothing when it is live.
+
+        Raises:
+            RefusedError: it must not go live.
+        """
+        if self._scorer is None or self._scorer.id != bundle_id:
+            scorer = await self._load(bundle_id)
+            await scorer.close()
+            await asyncio.to_thread(_free, scorer)
+
+    async def _follow_canary(self, wanted: Canary | None) -> None:
+        """Makes `wanted` the canary; users stay with the live bundle where it is refused."""
+        if self._canary and wanted and self._canary[0].id == wanted.id:
+            self._canary = (wanted, self._canary[1])
+            return
+        if self._canary:
+            _, old = self._canary
+            self._canary = None
+            self._metrics.canary(None, replaced=_labels(old))
+            await _retire(old)
+        if wanted is None or wanted == self._tried_canary:
+            return
+        self._tried_canary = wanted
+        try:
+            scorer = await self._load(wanted.id)
+        except RefusedError as refused:
+            self._refuse(wanted.id, refused)
+            if refused.kind == "store":
+                self._tried_canary = None
+        except Exception as error:
+            log.exception("loading canary %s failed", wanted.id)
+            self._refuse(wanted.id, RefusedError("internal", f"{type(error).__name__}: {error}"))
+        else:
+            self._canary = (wanted, scorer)
+            self._metrics.canary(_labels(scorer), replaced=None)
+            log.info("bundle %s, window %s, is the canary", *_labels(scorer))
+
+    async def _refresh(self, sight: _Sight) -> None:
         if sight == self._tried or self._is_live(sight):
             return
         self._tried = sight
@@ -207,7 +266,14 @@ async def _retire(scorer: Scorer) -> None:
         log.error("%d requests on bundle %s did not end", scorer.in_flight, scorer.id)
     finally:
         await scorer.close()
-    await asyncio.to_thread(scorer.release)
+    await asyncio.to_thread(_free, scorer)
+
+
+def _free(scorer: Scorer) -> None:
+    """Also gives the memory back to the system, which glibc else keeps for itself."""
+    scorer.release()
+    if _trim is not None:
+        _trim(0)
 
 
 def _labels(scorer: Scorer) -> tuple[str, str]:

@@ -31,7 +31,7 @@ from service.scorer import Scored
 from service.windowed import Windowed
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-STAGES = ("receive", "decode", "encode", "lookup", "run", "serialise", "total")
+STAGES = ("receive", "queue", "decode", "encode", "lookup", "run", "serialise", "total")
 _SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
@@ -124,6 +124,31 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
+        self.shed = Counter(
+            "ecdctr_shed",
+            "Requests that were not begun, by reason (wait, deadline, expired, gone).",
+            ["reason"],
+            registry=registry,
+        )
+        self._canary = Gauge(
+            "ecdctr_canary_model",
+            "Processes that score a share of the users with this model (0: no longer).",
+            ["model", "window"],
+            registry=registry,
+            multiprocess_mode="livesum",
+        )
+        self._scored = Counter(
+            "ecdctr_scored_requests",
+            "Requests that were answered with scores, by the model that gave them.",
+            ["model"],
+            registry=registry,
+        )
+        self.control = Counter(
+            "ecdctr_control",
+            "Control over HTTP, by action (promote, rollback) and outcome.",
+            ["action", "outcome"],
+            registry=registry,
+        )
         self._created = Gauge(
             "ecdctr_model_created_timestamp_seconds",
             "When the live bundle was made; 0 before there is one.",
@@ -172,6 +197,7 @@ class Metrics:
         for stage, value in seconds:
             self._stages[stage].observe(value)
         self._candidates.observe(len(scored.scores))
+        self._scored.labels(scored.model).inc()
         for what, reason in scored.degraded.items():
             self._degraded.labels(what, reason).inc()
         for feature, num in scored.missing.items():
@@ -200,6 +226,14 @@ class Metrics:
         if replaced:
             self._live.labels(*replaced).set(0)
         self._live.labels(model, window).set(1)
+
+    def canary(self, started: tuple[str, str] | None, *, replaced: tuple[str, str] | None) -> None:
+        """Notes which (model, window) is the canary from now on, and which no longer is."""
+        if replaced:
+            self._canary.labels(*replaced).set(0)
+        if started:
+            self.feedback.known |= {started[0]}
+            self._canary.labels(*started).set(1)
 
     def audited(self, outcome: str) -> None:
         """Counts a request that was chosen for the audit log."""

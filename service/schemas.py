@@ -13,14 +13,10 @@ from pydantic import (
     FailFast,
     Field,
     GetCoreSchemaHandler,
-    TypeAdapter,
-    ValidationError,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from bundle.encode import Request
-from service.errors import FieldError, InvalidRequestError, invalid
-from service.settings import Settings
 
 MAX_ID_LENGTH = 128
 MAX_EVENTS = 500
@@ -278,49 +274,3 @@ class Problem(_Model):
     status: int
     detail: str
     errors: list[ProblemField] | None = None
-
-
-def decode(body: bytes, settings: Settings) -> ScoreRequest:
-    """A request from the bytes of its JSON, parsed and validated in one go.
-
-    Raises:
-        MalformedJsonError: not JSON.
-        InvalidRequestError: JSON, but not a request, or longer than `settings` allow.
-    """
-    try:
-        request = ScoreRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error) from None
-    _check_length(request.candidates.id, settings.max_candidates, "candidates.id")
-    if request.user.history:
-        _check_length(request.user.history.items, settings.max_history, "user.history.items")
-    return request
-
-
-_EVENTS: TypeAdapter[Annotated[list[Event], FailFast()]] = TypeAdapter(
-    Annotated[list[Event], FailFast()]
-)
-
-
-def decode_events(body: bytes) -> list[Event]:
-    """Events from the bytes of their JSON: a list of them, or one alone.
-
-    Raises:
-        MalformedJsonError: not JSON.
-        InvalidRequestError: JSON, but not events, or more than `MAX_EVENTS`.
-    """
-    try:
-        if not body.lstrip().startswith(b"["):
-            return [Event.model_validate_json(body)]
-        events = _EVENTS.validate_json(body)
-    except ValidationError as error:
-        raise invalid(error) from None
-    _check_length(events, MAX_EVENTS, "body")
-    return events
-
-
-def _check_length(column: list[Any], limit: int, field: str) -> None:
-    if len(column) > limit:
-        raise InvalidRequestError(
-            [FieldError(field, f"{len(column)} values", f"a column of at most {limit} values")]
-        )

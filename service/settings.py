@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -37,12 +37,22 @@ class Settings:
     """
     poll_s: float = 1.0
     """How often the registry is asked which bundle is current."""
+    body_timeout_s: float = 10.0
+    """How long a body may take to arrive."""
     max_body_bytes: int = 4 * 1024 * 1024
     """Largest request body."""
     max_candidates: int = 2000
     """Most candidates in one request."""
     max_history: int = 5000
     """Most history items in one request; the model reads the newest of them."""
+    max_wait_ms: float = 50.0
+    """A request that would wait longer for those before it is answered 503 at once."""
+    drain_s: float = 3.0
+    """How long a process goes on to answer after SIGTERM, while callers are sent away."""
+    control_token: str = field(default="", repr=False)
+    """Whoever knows it may promote bundles over HTTP; empty: nobody can."""
+    control_port: int = 0
+    """Where control is served instead of beside the scores; 0: there."""
     log_level: str = "info"
     """One of `LOG_LEVELS`."""
     log_format: str = "text"
@@ -59,6 +69,8 @@ class Settings:
     """Share of the requests that are kept, 0 .. 1."""
     audit_mb: int = 1000
     """Megabytes of what is kept; the oldest is removed."""
+    console: bool = True
+    """Whether `/console` is served, the page for whoever runs the service."""
     metrics_dir: Path | None = None
     """Where worker processes share their metrics; None with one process. Not a variable of ours:
     prometheus_client reads PROMETHEUS_MULTIPROC_DIR by itself."""
@@ -80,9 +92,14 @@ class Settings:
             item_cache_mb=_count(environ, "ECDCTR_ITEM_CACHE_MB", cls.item_cache_mb, least=0),
             item_cache_ttl_s=_positive(environ, "ECDCTR_ITEM_CACHE_TTL_S", cls.item_cache_ttl_s),
             poll_s=_positive(environ, "ECDCTR_POLL_S", cls.poll_s),
+            body_timeout_s=_positive(environ, "ECDCTR_BODY_TIMEOUT_S", cls.body_timeout_s),
             max_body_bytes=_count(environ, "ECDCTR_MAX_BODY_BYTES", cls.max_body_bytes),
             max_candidates=_count(environ, "ECDCTR_MAX_CANDIDATES", cls.max_candidates),
             max_history=_count(environ, "ECDCTR_MAX_HISTORY", cls.max_history),
+            max_wait_ms=_positive(environ, "ECDCTR_MAX_WAIT_MS", cls.max_wait_ms),
+            drain_s=_seconds(environ, "ECDCTR_DRAIN_S", cls.drain_s),
+            control_token=environ.get("ECDCTR_CONTROL_TOKEN", ""),
+            control_port=_count(environ, "ECDCTR_CONTROL_PORT", cls.control_port, least=0),
             log_level=_one_of(LOG_LEVELS, environ, "ECDCTR_LOG_LEVEL", cls.log_level),
             log_format=_one_of(LOG_FORMATS, environ, "ECDCTR_LOG_FORMAT", cls.log_format),
             log_user_sample=_share(environ, "ECDCTR_LOG_USER_SAMPLE", cls.log_user_sample),
@@ -91,6 +108,7 @@ class Settings:
             audit_dir=_writable_folder(environ, "ECDCTR_AUDIT_DIR"),
             audit_sample=_share(environ, "ECDCTR_AUDIT_SAMPLE", cls.audit_sample),
             audit_mb=_count(environ, "ECDCTR_AUDIT_MB", cls.audit_mb),
+            console=_one_of(("0", "1"), environ, "ECDCTR_CONSOLE", "1") == "1",
             metrics_dir=Path(metrics_dir) if metrics_dir else None,
         )
 
@@ -120,6 +138,10 @@ def _positive(environ: Mapping[str, str], name: str, default: float) -> float:
     if not 0 < value < math.inf:
         raise SettingsError(f"{name}={text!r} must be a number above 0")
     return value
+
+
+def _seconds(environ: Mapping[str, str], name: str, default: float) -> float:
+    return 0.0 if environ.get(name) == "0" else _positive(environ, name, default)
 
 
 def _count(environ: Mapping[str, str], name: str, default: int, least: int = 1) -> int:

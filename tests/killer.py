@@ -31,7 +31,7 @@ from torch.onnx._internal.exporter import _core  # noqa: F401
 import training.export
 from bundle.encode import Arrays
 from training.config import GatesConfig, Schedule
-from training.network import Network
+from training.served import ItemSide, RequestSide
 from training.update import TIERS, run_update
 from training.workspace import Workspace
 
@@ -46,13 +46,13 @@ def remember_graphs(folder: Path) -> Callable[..., None]:
     the network; returns the original."""
     original = training.export.export_graph
 
-    def export_graph(network: Network, offset: float, example: Arrays, target: Path) -> None:
-        weights = sorted((name, t.numpy().tobytes()) for name, t in network.state_dict().items())
-        known = folder / hashlib.sha256(repr((weights, offset)).encode()).hexdigest()
+    def export_graph(module: ItemSide | RequestSide, example: Arrays, target: Path) -> None:
+        weights = sorted((name, t.numpy().tobytes()) for name, t in module.state_dict().items())
+        known = folder / hashlib.sha256(repr((target.name, weights)).encode()).hexdigest()
         if not known.exists():
             draft = known.with_suffix(".partial")
             draft.mkdir(parents=True)
-            original(network, offset, example, draft / target.name)
+            original(module, example, draft / target.name)
             draft.rename(known)
         for path in known.iterdir():
             shutil.copyfile(path, target.parent / path.name)

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from bundles import ITEMS, add_live_bundle, body, eventually, make_place, serving, settings_of
 
+from bundle.golden import body_of
 from service.audit import Audit
-from service.schemas import decode
+from service.decode import decode
 from service.scorer import Scored
 from training.audit import AuditError, read_requests, to_parquet
 
@@ -41,7 +42,7 @@ def test_what_was_asked_over_http_comes_back_from_parquet_as_a_request(tmp_path:
     first, second = read_requests(parquet)
     assert (first.request_id, first.model, second.request_id) == ("auction-1", model, own)
     np.testing.assert_array_equal(first.scores, np.array(answer["scores"], np.float32))
-    assert first.request == decode(spread, settings).to_encode()
+    assert body_of(first.request) == body_of(decode(spread, settings).to_encode())
     assert second.request.item_ids == ITEMS[:2]
     assert not list(folder.glob("*.part"))
 

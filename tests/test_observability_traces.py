@@ -90,7 +90,7 @@ def test_a_request_and_its_stages_are_spans_below_the_callers(
     assert named["ecdctr.model"].string_value == model
     assert named["ecdctr.candidates"].int_value == 7
     stages = [s for s in spans if s.parent_span_id == first.span_id]
-    wanted = ["receive", "decode", "encode", "lookup", "run", "serialise"]
+    wanted = ["receive", "queue", "decode", "encode", "lookup", "run", "serialise"]
     assert [s.name for s in sorted(stages, key=lambda s: s.start_time_unix_nano)] == wanted
     for stage in stages:
         assert stage.start_time_unix_nano >= first.start_time_unix_nano

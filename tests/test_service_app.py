@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -63,7 +63,7 @@ def test_the_schema_documents_request_answer_and_every_error(client: httpx.Clien
     score = schema["paths"]["/v1/score"]["post"]
     request = score["requestBody"]["content"]["application/json"]["schema"]
     assert request == {"$ref": "#/components/schemas/ScoreRequest"}
-    assert set(score["responses"]) == {"200", "400", "413", "415", "422", "503", "504"}
+    assert set(score["responses"]) == {"200", "400", "408", "413", "415", "422", "503", "504"}
     for status, response in score["responses"].items():
         media_type = "application/json" if status == "200" else "application/problem+json"
         assert list(response["content"]) == [media_type]
@@ -128,11 +128,12 @@ def process(place: Place, workers: int) -> Iterator[tuple[subprocess.Popen[bytes
         "ECDCTR_STORE": place.store_url,
         "PYTHONPATH": str(ROOT),
     }
-    started = subprocess.Popen([sys.executable, "-c", code], env=environ)
+    started = subprocess.Popen([sys.executable, "-c", code], env=environ, start_new_session=True)
     try:
         yield started, f"http://127.0.0.1:{port}"
     finally:
-        started.kill()
+        with suppress(ProcessLookupError):  # its workers too, which would outlive it
+            os.killpg(started.pid, signal.SIGKILL)
         started.wait()
 
 

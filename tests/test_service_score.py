@@ -147,7 +147,7 @@ def test_the_request_id_comes_back_and_the_stages_are_timed(client: httpx.Client
     response = client.post("/v1/score", json=body(request_id="auction-7"))
     assert response.json()["request_id"] == "auction-7"
     stages = [entry.split(";")[0] for entry in response.headers["server-timing"].split(", ")]
-    expected = ["receive", "decode", "encode", "lookup", "run", "serialise", "total"]
+    expected = ["receive", "queue", "decode", "encode", "lookup", "run", "serialise", "total"]
     assert stages == expected
 
 

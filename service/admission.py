@@ -1,0 +1,257 @@
+"""Which requests are begun, and when: one after the other, and none that would wait too long.
+
+Scores are computed on the event loop, so what waits, waits on sockets. Between two requests the
+loop looks at all of these: whatever has arrived is seen within the time of one request, is counted
+as work to come, and is turned away at once where that is too much. A queue without a bound would
+have every request wait until nobody wants its answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import NoReturn
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import DeadlineExceededError, OverloadedError, problem
+from service.metrics import Metrics
+
+PATHS = ("/v1/score", "/v1/feedback")
+"""What is admitted; all else, probes before all, is answered whatever the load is."""
+MAX_BEGUN = 16
+"""Requests that may be begun and not ended: more than one where they wait for a store."""
+_QUIET_TURNS, _MOST_TURNS = 3, 64
+"""Turns of the loop in which nothing arrives, and in all, before the next request is begun. libuv
+accepts one connection a turn, and reads from it two turns later."""
+_MEMORY = 0.98
+"""Weight of a request in the estimate, relative to that of the next one."""
+_FIRST_GUESS_S = 0.001
+_MOST_TIMES_EXPECTED = 10
+"""A request that seems to have taken longer has met a pause, which is no property of it."""
+_DEADLINE = re.compile(rb'"deadline_ms"\s*:\s*(\d+(?:\.\d+)?)')
+_ARRIVED_S = "ecdctr.arrived_s"
+
+
+class Cost:
+    """Seconds that a request takes by its size in bytes: a line through what the last fifty or so
+    took, by least squares."""
+
+    def __init__(self) -> None:
+        self._weight, self._size, self._seconds = 1.0, 0.0, _FIRST_GUESS_S
+        self._square, self._product = 0.0, 0.0
+
+    def learn(self, size: int, seconds: float) -> None:
+        seconds = min(seconds, _MOST_TIMES_EXPECTED * self.of(size) + _FIRST_GUESS_S)
+        self._weight = _MEMORY * self._weight + 1
+        share = 1 / self._weight
+        self._size += share * (size - self._size)
+        self._seconds += share * (seconds - self._seconds)
+        self._square += share * (size * size - self._square)
+        self._product += share * (size * seconds - self._product)
+
+    def of(self, size: int) -> float:
+        variance = self._square - self._size * self._size
+        covariance = self._product - self._size * self._seconds
+        # Sizes that hardly differ say nothing about a slope.
+        slope = max(0.0, covariance / variance) if variance > 1 else 0.0
+        return max(0.0, self._seconds + slope * (size - self._size))
+
+
+@dataclass(frozen=True)
+class Admitted:
+    """Times of `time.perf_counter`."""
+
+    arrived_s: float
+    received_s: float
+    """The body was complete."""
+    begun_s: float
+
+
+class Queue:
+    """Turns, first come first served; and how long the next one would wait."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._begun = 0
+        self._num = 0
+        self._scheduled = False
+        self._turns = self._quiet_turns = 0
+        self.wait_s = 0.0
+        """Expected seconds of work that is waiting or begun."""
+
+    @property
+    def is_empty(self) -> bool:
+        return self._num == 0
+
+    def saw_arrival(self) -> None:
+        """A request was read, so there may be more."""
+        self._quiet_turns = 0
+
+    @asynccontextmanager
+    async def turn(self, expected_s: float) -> AsyncIterator[None]:
+        """Waits for its turn, and ends it with the block."""
+        self._num += 1
+        self.wait_s += expected_s
+        try:
+            await self._granted()
+            try:
+                yield
+            finally:
+                self._give_back()
+        finally:
+            self._num -= 1
+            # Exactly 0 when nothing is there, whatever was rounded before.
+            self.wait_s = self.wait_s - expected_s if self._num else 0.0
+
+    async def _granted(self) -> None:
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append(turn)
+        self._schedule()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if not turn.cancelled():
+                self._give_back()
+            raise
+
+    def _give_back(self) -> None:
+        self._begun -= 1
+        self._schedule()
+
+    def _schedule(self) -> None:
+        if not self._scheduled and self._waiting and self._begun < MAX_BEGUN:
+            self._scheduled = True
+            self._turns = self._quiet_turns = 0
+            asyncio.get_running_loop().call_soon(self._look)
+
+    def _look(self) -> None:
+        self._turns += 1
+        self._quiet_turns += 1
+        if self._quiet_turns <= _QUIET_TURNS and self._turns < _MOST_TURNS:
+            asyncio.get_running_loop().call_soon(self._look)
+        else:
+            self._scheduled = False
+            self._grant()
+            self._schedule()
+
+    def _grant(self) -> None:
+        while self._waiting:
+            turn = self._waiting.popleft()
+            if not turn.done():
+                self._begun += 1
+                turn.set_result(None)
+                return
+
+
+class Admission:
+    """What one process has to do, and what it takes on."""
+
+    def __init__(self, max_wait_s: float, metrics: Metrics) -> None:
+        self._queue, self._max_wait_s, self._metrics = Queue(), max_wait_s, metrics
+        self._costs: Mapping[str, Cost] = {path: Cost() for path in PATHS}
+        self._ended_s = 0.0
+
+    @property
+    def is_idle(self) -> bool:
+        return self._queue.is_empty
+
+    def is_full(self) -> bool:
+        """Whether what comes now would wait too long; also notes that something came."""
+        self._queue.saw_arrival()
+        return self._queue.wait_s > self._max_wait_s
+
+    def count(self, reason: str) -> None:
+        """Counts a request that was not begun."""
+        self._metrics.shed.labels(reason).inc()
+
+    @asynccontextmanager
+    async def turn(self, request: Request, body: bytes) -> AsyncIterator[Admitted]:
+        """Waits until the request may be begun, and ends its turn with the block.
+
+        Raises:
+            OverloadedError: it would wait too long, or longer than its caller.
+            DeadlineExceededError: its deadline passed while it waited.
+            ClientDisconnect: its caller has gone away meanwhile.
+        """
+        received_s = time.perf_counter()
+        arrived_s: float = request.scope.get(_ARRIVED_S, received_s)
+        deadline_s = arrived_s + _asked_for_s(body)
+        cost = self._costs[request.scope["path"]]
+        expected_s = cost.of(len(body))
+        wait_s = self._queue.wait_s
+        if wait_s > self._max_wait_s:
+            self._refuse("wait", OverloadedError(_OVERLOADED))
+        # With nobody before it, it is begun: what is expected may be wrong, and must not stay so.
+        if wait_s and received_s + wait_s + expected_s > deadline_s:
+            self._refuse("deadline", OverloadedError(_OVERLOADED))
+        async with self._queue.turn(expected_s):
+            begun_s = time.perf_counter()
+            if begun_s > deadline_s:
+                self._refuse("expired", DeadlineExceededError(_EXPIRED))
+            if _is_gone(request.receive):
+                self._refuse("gone", ClientDisconnect())
+            yield Admitted(arrived_s, received_s, begun_s)
+            self._learn(cost, len(body), received_s)
+
+    def _refuse(self, reason: str, error: Exception) -> NoReturn:
+        self.count(reason)
+        raise error
+
+    def _learn(self, cost: Cost, size: int, received_s: float) -> None:
+        """From the end of the one before it where it waited for that: so what lies between two
+        requests is counted too, and what runs beside another is not counted twice."""
+        now_s = time.perf_counter()
+        cost.learn(size, now_s - max(received_s, self._ended_s))
+        self._ended_s = now_s
+
+
+class TurnAway:
+    """ASGI middleware. The outermost: what comes while too much is waiting must cost next to
+    nothing, so it is answered before its body is looked at."""
+
+    def __init__(self, app: ASGIApp, admission: Admission, metrics: Metrics) -> None:
+        self._app, self._admission, self._metrics = app, admission, metrics
+        self._answer = problem(OverloadedError(_OVERLOADED))
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            is_full = self._admission.is_full()
+            if scope["path"] in PATHS and scope["method"] == "POST":
+                if is_full:
+                    self._admission.count("wait")
+                    self._metrics.requests.labels(scope["path"], self._answer.status_code).inc()
+                    await self._answer(scope, receive, send)
+                    return
+                scope[_ARRIVED_S] = time.perf_counter()
+        await self._app(scope, receive, send)
+
+
+_OVERLOADED = "more work is waiting than can be done in time; try later"
+_EXPIRED = "the request's deadline_ms passed before it was begun"
+
+
+def _asked_for_s(body: bytes) -> float:
+    """`deadline_ms` of a body that is not yet decoded, in seconds; infinity without one, or with
+    one that is refused. Only what is turned away early depends on it: the schema has the last
+    word."""
+    found = _DEADLINE.search(body)
+    return (float(found[1]) if found else 0.0) / 1000 or float("inf")
+
+
+def _is_gone(receive: Receive) -> bool:
+    """Whether the caller has closed the connection. Asked without waiting: a connection that is
+    open has nothing to say after its body, so the first step of `receive` does not end."""
+    step = receive().__await__()
+    try:
+        next(step)
+    except StopIteration as ended:
+        return bool(ended.value["type"] == "http.disconnect")
+    step.close()
+    return False

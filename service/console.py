@@ -1,0 +1,110 @@
+"""The console: a page for whoever runs the service, and the little JSON that it needs beside the
+API's own answers and the metrics. It keeps no state, so any worker can answer."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import asdict, dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import orjson
+from fastapi import FastAPI
+from starlette.responses import FileResponse, Response
+
+from bundle.golden import body_of, read_golden
+from bundle.manifest import GOLDEN, BundleError, refusals
+from bundle.registry import Current, Registry, RegistryError
+from service.errors import NotReadyError
+from service.live import Live
+
+MAX_BUNDLES = 30
+"""The page shows that many, the newest; there is one a day."""
+_FOLDER = Path(str(files("service"))) / "console"
+# No script, style, font or request from anywhere but the service itself, and none inline.
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
+    " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "cache-control": "no-cache",
+    "referrer-policy": "no-referrer",
+    "x-content-type-options": "nosniff",
+}
+
+
+def install(app: FastAPI, console: Console) -> None:
+    """Adds the page and what it reads under `/console`."""
+    app.get("/console", include_in_schema=False)(console.page)
+    app.get("/console/console.css", include_in_schema=False)(console.style)
+    app.get("/console/console.js", include_in_schema=False)(console.script)
+    app.get("/console/bundles", include_in_schema=False)(console.bundles)
+    app.get("/console/sample", include_in_schema=False)(console.sample)
+
+
+@dataclass(frozen=True)
+class Console:
+    """The handlers. `control`: whether this port takes promotions, so that the page offers them."""
+
+    registry: Registry
+    live: Live
+    control: bool
+
+    async def page(self) -> Response:
+        return FileResponse(_FOLDER / "index.html", headers=_HEADERS)
+
+    async def style(self) -> Response:
+        return FileResponse(_FOLDER / "console.css", headers=_HEADERS)
+
+    async def script(self) -> Response:
+        return FileResponse(_FOLDER / "console.js", headers=_HEADERS)
+
+    async def bundles(self) -> Response:
+        """The newest bundles with their figures, what was promoted last, and whether to promote
+        from here."""
+        return _json({"control": self.control, **await asyncio.to_thread(self._in_registry)})
+
+    async def sample(self, nth: int = 0) -> Response:
+        """The body of the `nth` golden request of the live bundle (they repeat), which it scores.
+
+        Raises:
+            NotReadyError: no bundle is live.
+        """
+        if self.live.scorer is None:
+            raise NotReadyError(self.live.why_not_ready())
+        path = self.live.scorer.artifact.folder / GOLDEN
+        goldens = await asyncio.to_thread(read_golden, path)
+        return _json({"request": body_of(goldens[nth % len(goldens)].request), "num": len(goldens)})
+
+    def _in_registry(self) -> dict[str, Any]:
+        ids, current = self.registry.ids(), self._current()
+        newest = ids[-MAX_BUNDLES:][::-1]
+        return {
+            "promoted": asdict(current) if current else None,
+            "bundles": [self._bundle(bundle_id) for bundle_id in newest],
+            "num_bundles": len(ids),
+        }
+
+    def _current(self) -> Current | None:
+        try:
+            return self.registry.current()
+        except RegistryError:
+            return None  # among the refusals, with the reason
+
+    def _bundle(self, bundle_id: str) -> dict[str, Any]:
+        try:
+            manifest = self.registry.read(bundle_id)
+        except (BundleError, RegistryError) as error:
+            return {"id": bundle_id, "asof": "", "metrics": {}, "refused": [str(error)]}
+        return {
+            "id": bundle_id,
+            "asof": manifest.asof,
+            "metrics": manifest.metrics,
+            "refused": refusals(manifest),
+        }
+
+
+def _json(document: object) -> Response:
+    return Response(orjson.dumps(document), media_type="application/json")
