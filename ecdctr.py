@@ -265,6 +265,16 @@ def _promote(options: argparse.Namespace) -> None:
     print(f"current: {current.current}, previous: {current.previous or 'none'}")
 
 
+def _prune(options: argparse.Namespace) -> None:
+    from bundle.registry import Registry
+
+    registry = Registry(_registry(options))
+    for bundle_id in registry.prunable(options.keep):
+        if not options.dry_run:
+            registry.remove(bundle_id)
+        print(f"{bundle_id}  {'would be removed' if options.dry_run else 'removed'}")
+
+
 def _rollback(options: argparse.Namespace) -> None:
     from bundle.registry import Registry
 
@@ -549,8 +559,8 @@ def _add_serving(verbs: _Verbs) -> None:
     verb.add_argument(
         "--canary-share", type=float, help="only for that share of users, beside the current one"
     )
-
-    _verb(verbs, "stop-canary", "give all users back to the current bundle", _stop_canary)
+    verb = _verb(verbs, "stop-canary", "give all users back to the current bundle", _stop_canary)
+    _registry_option(verb)
     verb = _verb(verbs, "rollback", "make the previous bundle the current one", _rollback)
     _registry_option(verb)
     verb = _verb(verbs, "serve", "answer scoring requests over HTTP", _serve)
@@ -565,6 +575,12 @@ def _add_serving(verbs: _Verbs) -> None:
     verb.add_argument("--url", default="http://127.0.0.1:8000", help="(default: %(default)s)")
     verb.add_argument("--body", type=Path, help="write the request's JSON here and send nothing")
 
+    verb = _verb(verbs, "prune", "remove old bundles that are not live and may not be", _prune)
+    verb.add_argument(
+        "--keep", type=_count, default=30, help="newest ones to keep (default: %(default)s)"
+    )
+    verb.add_argument("--dry-run", action="store_true", help="only say what would be removed")
+    _registry_option(verb)
     stores = verbs.add_parser("store", help="what is in the embeddings store").add_subparsers(
         required=True, metavar="WHAT"
     )
@@ -656,6 +672,12 @@ def _day(text: str) -> date:
         return date.fromisoformat(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a day like 2017-11-01") from None
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
 
 
 def _above_zero(text: str) -> float:

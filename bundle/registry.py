@@ -90,6 +90,22 @@ class Registry:
             if manifest.id in named or (manifest.asof >= live.asof and not refusals(manifest))
         ]
 
+    def prunable(self, keep: int) -> list[str]:
+        """Bundles that nothing needs, oldest first: not `servable`, nor among the newest `keep`.
+
+        Raises:
+            RegistryError: nothing has been promoted.
+        """
+        needed = {manifest.id for manifest in self.servable()}
+        oldest_first = sorted(map(self.read, self.ids()), key=lambda m: (m.asof, m.created))
+        return [m.id for m in oldest_first[: -keep or None] if m.id not in needed]
+
+    def remove(self, bundle_id: str) -> None:
+        """Takes a bundle away in one step, then deletes it; who has it open keeps its pages."""
+        hidden = self.root / f".removed-{bundle_id}"
+        self.path(bundle_id).rename(hidden)
+        shutil.rmtree(hidden)
+
     @contextmanager
     def draft(self) -> Iterator[Path]:
         """A temporary folder on the registry's own file system, gone when the block ends."""

@@ -89,10 +89,7 @@ class RedisStore:
 
         A window that is there already is left alone if its sample is right, else written again.
         """
-        tables = {
-            entity: Buckets(entity, table, window)
-            for entity, table in window.tables.items()
-        }
+        tables = {entity: Buckets(entity, table, window) for entity, table in window.tables.items()}
         with self._translated():
             if self._stored("windows", window.ref) is None or not self._sample(window.ref, tables):
                 started = Meta.of(window, tables)

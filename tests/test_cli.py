@@ -37,6 +37,8 @@ VERBS = [
     "simulate",
     "promote",
     "rollback",
+    "prune",
+    "stop-canary",
     "serve",
     "loadtest",
     "score",
@@ -61,7 +63,7 @@ def test_every_verb_explains_itself(run: Run, verb: str) -> None:
 
 def test_these_are_all_verbs_there_are(run: Run) -> None:
     def listed(*arguments: str) -> set[str]:
-        return set(re.findall(r"^    ([a-z]+)  ", run(*arguments, "--help").out, re.MULTILINE))
+        return set(re.findall(r"^    ([a-z-]+)  ", run(*arguments, "--help").out, re.MULTILINE))
 
     groups = {"train", "store"}
     inner = {f"{group} {verb}" for group in groups for verb in listed(group)}
@@ -222,9 +224,15 @@ def test_promote_and_rollback_print_what_is_current(
         (("promote", second), f"current: {second}, previous: {first}\n"),
         (("rollback",), f"current: {first}, previous: {second}\n"),
         (("rollback",), f"current: {second}, previous: {first}\n"),
+        (("prune", "--keep", 1), ""),
     ]
     for arguments, said in steps:
         assert run("--workspace", copy.root, *arguments) == Ran(0, said, "")
+    share = ("promote", first, "--canary-share", 0.1)
+    assert first in run("--workspace", copy.root, *share).out
+    stopped = run("--workspace", copy.root, "stop-canary")
+    assert stopped == Ran(0, f"current: {second}, canary: none\n", "")
+    assert "no canary" in run.refused("--workspace", copy.root, "stop-canary")
     elsewhere = ("promote", first, "--registry", tmp_path / "nowhere")
     assert "nowhere" in run.refused("--workspace", copy.root, *elsewhere)
 

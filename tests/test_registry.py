@@ -271,3 +271,23 @@ def test_promotions_by_other_processes_leave_a_chain_without_a_gap(place: Place)
     assert [process.wait() for process in processes] == [0, 0, 0]
     # Fifteen steps to and fro from the second one: a lost update would show.
     assert names(place.registry) == (ids[0], ids[1])
+
+
+def test_only_old_bundles_that_nothing_needs_can_be_pruned(place: Place) -> None:
+    registry = place.registry
+    ids = [add_bundle(place, bias=day / 10, asof=f"2017-07-{day:02}") for day in range(1, 7)]
+    with pytest.raises(RegistryError, match="no bundle has been promoted"):
+        registry.prunable(1)
+    for promoted in (ids[1], ids[3]):
+        registry.promote(promoted)
+    registry.start_canary(ids[0], 0.1)
+    # The second is the one before, the first the canary, and from the fourth on all may go live.
+    assert registry.prunable(keep=4) == []
+    assert registry.prunable(keep=3) == [ids[2]]
+    assert registry.prunable(keep=1) == [ids[2]]
+    registry.stop_canary()
+    assert registry.prunable(keep=1) == [ids[0], ids[2]]
+    for bundle_id in registry.prunable(keep=1):
+        registry.remove(bundle_id)
+    assert registry.ids() == sorted([ids[1], *ids[3:]])
+    assert registry.prunable(keep=1) == []

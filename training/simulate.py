@@ -44,6 +44,7 @@ SERVED_TOLERANCE = 1e-5
 """How far a score over HTTP may be from the one computed here."""
 WEEK = 7
 _NUM_SERVED = 20
+_KEPT_BUNDLES = 10
 _PATIENCE_S = 60.0
 
 
@@ -101,6 +102,9 @@ def run_simulation(
                 if serve:
                     url = url or stack.enter_context(running_service(workspace))
                     line["served"] = _served(url, outcome.live, scored)
+            if outcome.live:  # a bundle a day would fill the disk
+                for bundle_id in workspace.registry.prunable(_KEPT_BUNDLES):
+                    workspace.registry.remove(bundle_id)
             line["seconds"] = round(time.monotonic() - start, 2)
             _append(out, line)
             done.append(line)
