@@ -7,6 +7,7 @@ const SMOOTH = 5; // intervals that a quantile is taken over
 const STAGES = ["receive", "queue", "decode", "encode", "lookup", "run", "serialise", "total"];
 const SHOWN_ADS = 100;
 const DAY_MS = 86400e3;
+const NOT_LIVE = "promoted, not live";
 
 const $ = (id) => document.getElementById(id);
 const history = []; // of {at_s, samples}, oldest first
@@ -154,11 +155,12 @@ function rate(name, wanted) {
 function chart(id, title, lines, format, note) {
   const place = $(id);
   const [width, height, end_s] = [place.clientWidth, 120, history.at(-1).at_s];
+  const minutes = Math.min(WINDOW_S / 60, Math.max(1, Math.ceil((end_s - history[0].at_s) / 60)));
   const most = Math.max(...lines.flatMap(({ points }) => points.map(([, y]) => y ?? 0)), 0) || 1;
-  const x = (at_s) => width * (1 - (end_s - at_s) / WINDOW_S);
+  const x = (at_s) => width * (1 - (end_s - at_s) / (60 * minutes));
   const y = (value) => height - 18 - ((height - 34) * value) / most;
   const legend = lines.map(({ name, points }) => figure(name, format(points.at(-1)?.[1])));
-  const label = `${title}, last 10 minutes: ${lines.map((one) => `${one.name} ${format(one.points.at(-1)?.[1])}`).join(", ")}`;
+  const label = `${title}, last ${minutes} min: ${lines.map((one) => `${one.name} ${format(one.points.at(-1)?.[1])}`).join(", ")}`;
   const paths = lines.flatMap(({ points, kind }, i) => [
     ...(i === 0 ? [drawn("path", { class: "area", d: path(points, x, y, y(0)) })] : []),
     drawn("path", { class: `line ${kind ?? ""}`, d: path(points, x, y) })]);
@@ -167,7 +169,7 @@ function chart(id, title, lines, format, note) {
     drawn("svg", { height, role: "img", "aria-label": label },
       ...[0, most].map((at) => drawn("line", { class: "grid", x1: 0, x2: width, y1: y(at), y2: y(at) })),
       drawn("text", { x: 0, y: 12 }, format(most)),
-      drawn("text", { x: 0, y: height - 2 }, "10 min ago"),
+      drawn("text", { x: 0, y: height - 2 }, `${minutes} min ago`),
       drawn("text", { x: width, y: height - 2, "text-anchor": "end" }, "now"), ...paths),
     element("figcaption", {}, note));
 }
@@ -340,8 +342,8 @@ function bundleRow(one, names, control, promoted) {
   const isLive = one.id === models.live?.id;
   const state = isLive ? "live" : one.refused.length ? `refused: ${one.refused.join("; ")}`
     : one.id === promoted?.canary?.id ? `canary, ${percent(promoted.canary.share)} of users`
-    : one.id === promoted?.current ? "promoted, not live" : one.id === promoted?.previous ? "the one before" : "";
-  const cells = [one.id, element("span", { class: one.refused.length && !isLive ? "bad" : "" }, state),
+    : one.id === promoted?.current ? NOT_LIVE : one.id === promoted?.previous ? "the one before" : "";
+  const cells = [one.id, element("span", { class: state.startsWith("refused") || state === NOT_LIVE ? "bad" : "" }, state),
     ...names.map((name) => exact(one.metrics[name]))];
   if (!control) return cells;
   const button = element("button", { type: "button", "aria-label": `Promote ${one.id}` }, "Promote …");
