@@ -179,6 +179,13 @@ def test_a_ratio_is_of_two_figures_of_one_round_and_the_median_of_them() -> None
     assert found[f"{OURS.name} to {TUNED}, N = {min(SIZE.candidates)}"].met is None
 
 
+def test_a_floor_that_was_beaten_is_counted_as_a_disturbance() -> None:
+    said = "times that the floor was beaten, so disturbed"
+    for rate, times, met in ((104.0, 0, True), (110.0, len(SIZE.candidates), False)):
+        found = {f.figure: f for f in figures(rounds_of({OURS.name: rate}), SIZE).found}
+        assert (found[said].value, found[said].met) == (times, met)
+
+
 def test_latency_is_judged_beside_an_ideal_queue_and_beside_its_median() -> None:
     found = {f.figure: f for f in figures(rounds_of({OURS.name: 90.0}), SIZE).found}
     num = max(SIZE.candidates)

@@ -1,0 +1,185 @@
+"""The servers that `benchmarks.serving` compares, and how each is started, on one core."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import orjson
+
+from benchmarks.serving_model import Body, Served
+from loadtest.address import SCORE_PATH
+
+ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "build" / "bench" / "peers"
+SCRIPTS = ROOT / "benchmarks" / "peers"
+START_TIMEOUT_S = 90.0
+ASK_TIMEOUT_S = 10.0
+
+
+@dataclass(frozen=True)
+class System:
+    """One server. environment: whose Python runs it; empty for the project's own."""
+
+    name: str
+    environment: str = ""
+    command: tuple[str, ...] = ()
+    """With {bin}, {scripts}, {folder} and {port} to fill in."""
+    by_row: bool = False
+    """Bodies have an object per ad."""
+
+    def content(self, body: Body) -> bytes:
+        """The body as this server reads it."""
+        return orjson.dumps(_by_row(body) if self.by_row else body)
+
+
+def _python(name: str, environment: str, script: str, *more: str, by_row: bool = False) -> System:
+    command = ("{bin}/python", f"{{scripts}}/{script}", "{folder}", "{port}", *more)
+    return System(name, environment, command, by_row)
+
+
+OURS = System("this service")
+TUNED, TILED, PLAIN = "FastAPI tuned", "FastAPI tuned, tiled inputs", "plain FastAPI"
+OTHERS = (
+    _python(TUNED, "fastapi", "serve_fastapi_tuned.py", "shared"),
+    _python(TILED, "fastapi", "serve_fastapi_tuned.py", "tiled"),
+    _python(PLAIN, "fastapi", "serve_fastapi_plain.py", by_row=True),
+    _python("LitServe", "litserve", "serve_litserve.py"),
+    System(
+        "BentoML",
+        "bentoml",
+        (
+            *("{bin}/bentoml", "serve", "--working-dir", "{scripts}", "serve_bentoml:Scorer"),
+            *("--host", "127.0.0.1", "--port", "{port}"),
+        ),
+    ),
+    _python("Ray Serve", "ray_serve", "serve_ray.py"),
+    System(
+        "mosec",
+        "mosec",
+        (
+            *("{bin}/python", "{scripts}/serve_mosec.py"),
+            *("--address", "127.0.0.1", "--port", "{port}"),
+        ),
+    ),
+)
+
+
+def _by_row(body: Body) -> Body:
+    ids, features = body["candidates"]["id"], body["candidates"]["features"]
+    ads = [
+        {"id": item, "features": {name: column[place] for name, column in features.items()}}
+        for place, item in enumerate(ids)
+    ]
+    return {**body, "candidates": ads}
+
+
+@contextmanager
+def running(system: System, served: Served, core: int) -> Iterator[int]:
+    """The port of the server once it answers; it and all that it started end with the block."""
+    port = _free_port()
+    log = served.folder / f"{system.name.replace(' ', '-')}.log"
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            _command(system, served, port),
+            cwd=ROOT,
+            env=_environ(system, served),
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=partial(os.sched_setaffinity, 0, {core}),
+        )
+    try:
+        _await_answer(system, served, port, process, log)
+        yield port
+    finally:
+        _end(process)
+
+
+def ask(port: int, content: bytes) -> list[float]:
+    """Scores of one request.
+
+    Raises:
+        OSError: no answer. ValueError: another status than 200.
+    """
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ASK_TIMEOUT_S)
+    try:
+        connection.request("POST", SCORE_PATH, content, {"content-type": "application/json"})
+        response = connection.getresponse()
+        found = response.read()
+        if response.status != 200:
+            raise ValueError(f"status {response.status}: {found[:300]!r}")
+        scores: list[float] = json.loads(found)["scores"]
+        return scores
+    finally:
+        connection.close()
+
+
+def _command(system: System, served: Served, port: int) -> Sequence[str]:
+    if system is OURS:
+        command = [sys.executable, "-m", "ecdctr", "--workspace", str(served.workspace.root)]
+        command += ["serve", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+        return [*command, "--store", served.store]
+    filled = {
+        "bin": PEERS / system.environment / "bin",
+        "scripts": SCRIPTS,
+        "folder": served.folder,
+        "port": port,
+    }
+    return [part.format(**filled) for part in system.command]
+
+
+def _environ(system: System, served: Served) -> dict[str, str]:
+    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    if system is OURS:
+        # The others wait for their store, and for their turn, as long as it takes.
+        return {**environ, "ECDCTR_STORE_DEADLINE_MS": "2000", "ECDCTR_MAX_WAIT_MS": "5000"}
+    environ["PYTHONPATH"] += os.pathsep + str(SCRIPTS)
+    quiet = {"BENTOML_DO_NOT_TRACK": "True", "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**environ, **quiet, "SERVED": str(served.folder)}
+
+
+def _await_answer(
+    system: System, served: Served, port: int, process: subprocess.Popen[bytes], log: Path
+) -> None:
+    content = system.content(next(iter(served.bodies.values()))[0])
+    give_up_at_s, why = time.monotonic() + START_TIMEOUT_S, ""
+    while time.monotonic() < give_up_at_s and process.poll() is None:
+        try:
+            ask(port, content)
+            return
+        except (OSError, ValueError, http.client.HTTPException) as error:
+            why = str(error)
+            time.sleep(0.2)
+    raise RuntimeError(f"{system.name} gave no scores ({why}); {log}: {log.read_text()[-2000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """The server and its children, which are a session of their own."""
+    for number, patience_s in ((signal.SIGTERM, 10.0), (signal.SIGKILL, 10.0)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            break
+        try:
+            process.wait(patience_s)
+        except subprocess.TimeoutExpired:
+            continue
+    process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
