@@ -70,10 +70,10 @@ class Size:
     bodies: int = 40
     checked: int = 5
     """Bodies of each number of candidates whose scores are compared."""
-    rounds: int = 3
+    rounds: int = 2
     clients: tuple[int, ...] = (1, 2, 8)
-    closed_s: float = 1.2
-    open_s: float = 5.0
+    closed_s: float = 1.0
+    open_s: float = 3.0
 
 
 QUICK = Size((10, 30), bodies=4, checked=2, rounds=1, clients=(1, 2), closed_s=0.3, open_s=0.5)
@@ -309,7 +309,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         asof = newest_asof(workspace)
     except WorkspaceError as error:
         sys.exit(f"benchmarks.serving: {error}")
-    print(run(workspace, asof, complete_journey(), options.out, size, others))
+    print(run(workspace, asof, complete_journey(), options.out.resolve(), size, others))
 
 
 if __name__ == "__main__":
