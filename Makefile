@@ -22,7 +22,7 @@ test: lint ## Lint, types and all tests (starts and stops the servers that it ne
 	$(BIN)/python -m pytest
 
 test-load: .venv/dev ## Overload, memory and hostile requests at full length, for a quiet machine
-	ECDCTR_TEST_LOAD=1 $(BIN)/python -m pytest -s tests/load
+	$(BIN)/python -m pytest -s tests/load
 	ECDCTR_FUZZ=100000 $(BIN)/python -m pytest tests/test_fuzz.py --timeout 3000
 
 check: test ## The same: what CI runs
