@@ -368,9 +368,11 @@ function showChanges() {
 
 // --- scoring
 
-async function nextSample() {
+/** Puts a sample into the form; with `first`, only where nobody has written anything meanwhile. */
+async function nextSample(first = false) {
   const answer = await fetch(`console/sample?nth=${nthSample++}`);
   const document_ = await answer.json();
+  if (first && $("body").value) return;
   if (answer.ok) $("body").value = pretty(document_.request);
   else showProblem(document_);
 }
@@ -509,7 +511,7 @@ function render() {
 
 async function follow() {
   await poll();
-  if (models?.live && !$("body").value) await nextSample().catch(() => {});
+  if (models?.live && !$("body").value) await nextSample(true).catch(() => {});
   setTimeout(follow, POLL_MS);
 }
 
