@@ -289,7 +289,7 @@ def test_a_master_that_dies_in_the_middle_of_traffic_is_replaced() -> None:
             store.close()
             assert error_of(await asked(reader)) is None
         assert asyncio.all_tasks() == {asyncio.current_task()}
-        await soon(lambda: num_files() == files)
+        await soon(lambda: num_files() <= files)
 
     with running_cluster() as servers:
         asyncio.run(run(servers))
