@@ -9,13 +9,13 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import orjson
 from fastapi import FastAPI
 from starlette.responses import FileResponse, Response
 
 from bundle.golden import body_of, read_golden
 from bundle.manifest import GOLDEN, BundleError, refusals
 from bundle.registry import Current, Registry, RegistryError
+from service.answers import json_answer
 from service.errors import NotReadyError
 from service.live import Live
 
@@ -64,7 +64,7 @@ class Console:
     async def bundles(self) -> Response:
         """The newest bundles with their figures, what was promoted last, and whether to promote
         from here."""
-        return _json({"control": self.control, **await asyncio.to_thread(self._in_registry)})
+        return json_answer({"control": self.control, **await asyncio.to_thread(self._in_registry)})
 
     async def sample(self, nth: int = 0) -> Response:
         """The body of the `nth` golden request of the live bundle (they repeat), which it scores.
@@ -76,7 +76,9 @@ class Console:
             raise NotReadyError(self.live.why_not_ready())
         path = self.live.scorer.artifact.folder / GOLDEN
         goldens = await asyncio.to_thread(read_golden, path)
-        return _json({"request": body_of(goldens[nth % len(goldens)].request), "num": len(goldens)})
+        return json_answer(
+            {"request": body_of(goldens[nth % len(goldens)].request), "num": len(goldens)}
+        )
 
     def _in_registry(self) -> dict[str, Any]:
         ids, current = self.registry.ids(), self._current()
@@ -104,7 +106,3 @@ class Console:
             "metrics": manifest.metrics,
             "refused": refusals(manifest),
         }
-
-
-def _json(document: object) -> Response:
-    return Response(orjson.dumps(document), media_type="application/json")

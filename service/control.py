@@ -14,7 +14,6 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any
 
-import orjson
 import uvicorn
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -24,6 +23,7 @@ from starlette.responses import Response
 from bundle.manifest import BundleError, refusals
 from bundle.registry import Current, Registry, RegistryError
 from service import errors
+from service.answers import json_answer
 from service.live import Live
 from service.logs import facts
 from service.metrics import Metrics
@@ -94,7 +94,7 @@ class Control:
             "live": live,
             "taken": live == changed.current,
         }
-        return Response(orjson.dumps(document), media_type="application/json")
+        return json_answer(document)
 
     @contextmanager
     def _noted(self, action: str, bundle_id: str | None) -> Iterator[None]:

@@ -14,6 +14,7 @@ from starlette.responses import Response
 
 from bundle.registry import Registry
 from service.admission import Admission, Admitted
+from service.answers import json_answer
 from service.audit import Audit
 from service.body import check_json
 from service.decode import decode, decode_events
@@ -55,7 +56,7 @@ class Endpoints:
         async with self.admission.turn(request, body):
             outcomes = self.metrics.feedback.take(decode_events(body))
             self.metrics.reported(outcomes)
-            return _json(outcomes)
+            return json_answer(outcomes)
 
     async def _score(self, body: bytes, admitted: Admitted) -> Response:
         started_s = admitted.arrived_s
@@ -84,17 +85,17 @@ class Endpoints:
         available = await asyncio.to_thread(Registry(self.settings.registry).ids)
         refusals = [RefusedModel(**asdict(refusal)) for refusal in self.live.refusals]
         models = Models(live=self._live_model(), refusals=refusals, available=available)
-        return _json(models.model_dump())
+        return json_answer(models.model_dump())
 
     async def livez(self) -> Response:
         """The process answers. Nothing is looked at, so nothing can make it slow or fail."""
-        return _json({"status": "alive"})
+        return json_answer({"status": "alive"})
 
     async def readyz(self) -> Response:
         """A bundle is live, so requests can be scored; 503 and the reason otherwise."""
         if reason := self.drain.why_not_ready() or self.live.why_not_ready():
             raise NotReadyError(reason)
-        return _json({"status": "ready"})
+        return json_answer({"status": "ready"})
 
     async def render_metrics(self) -> Response:
         """Metrics in Prometheus' text format."""
@@ -149,7 +150,3 @@ def _timing(stages: Stages) -> dict[str, str]:
     """Milliseconds per stage, as browsers and proxies read them."""
     entries = (f"{stage};dur={seconds * 1000:.3f}" for stage, seconds in stages.seconds.items())
     return {"server-timing": ", ".join(entries)}
-
-
-def _json(document: object) -> Response:
-    return Response(orjson.dumps(document), media_type="application/json")

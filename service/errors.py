@@ -28,9 +28,10 @@ from pydantic_core import ErrorDetails
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bundle.encode import FeatureError
+from service.answers import Watched
 
 log = logging.getLogger(__name__)
 
@@ -162,17 +163,11 @@ class AnswerFaults:
         self._app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started = False
-
-        async def noting(message: Message) -> None:
-            nonlocal started
-            started = started or message["type"] == "http.response.start"
-            await send(message)
-
+        watched = Watched(send)
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, watched)
         except Exception as error:
-            if started or scope["type"] != "http":
+            if watched.status is not None or scope["type"] != "http":
                 raise
             log.exception("%s %s failed", scope["method"], getattr(scope.get("route"), "path", ""))
             await problem(error)(scope, receive, send)

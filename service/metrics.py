@@ -18,12 +18,13 @@ from prometheus_client import (
     generate_latest,
 )
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bundle.artifact import Artifact
 from bundle.reference import EDGES
 from embeddings_store.cache import CachedReader
 from service import drift, feedback
+from service.answers import Watched, route_of
 from service.drift import Drift
 from service.feedback import Feedback, Outcome
 from service.recent import Recent
@@ -314,16 +315,9 @@ class CountAnswers:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        status = 500  # what an exception becomes further out
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        watched = Watched(send)
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
-            self._metrics.requests.labels(route, status).inc()
+            # An exception becomes a 500 further out.
+            self._metrics.requests.labels(route_of(scope), watched.status or 500).inc()

@@ -7,8 +7,9 @@ import time
 from typing import TYPE_CHECKING
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.answers import Watched, route_of
 from service.logs import trail
 from service.settings import SettingsError
 
@@ -58,20 +59,13 @@ class TraceRequests:
             return
         started_ns = time.time_ns()
         span = self._begin(scope, started_ns)
-        status = 500  # what an exception becomes further out
-
-        async def noting(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        watched = Watched(send)
         try:
-            await self._app(scope, receive, noting)
+            await self._app(scope, receive, watched)
         finally:
-            route = getattr(scope.get("route"), "path", "unknown")
             self._stages(span, started_ns)
-            self._end(span, f"{scope['method']} {route}", route, status)
+            # An exception becomes a 500 further out.
+            self._end(span, scope["method"], route_of(scope), watched.status or 500)
 
     def _begin(self, scope: Scope, started_ns: int) -> Span:
         from opentelemetry.trace import SpanKind
@@ -92,10 +86,10 @@ class TraceRequests:
                 started_ns += int(seconds * 1e9)
                 span.end(started_ns)
 
-    def _end(self, span: Span, name: str, route: str, status: int) -> None:
+    def _end(self, span: Span, method: str, route: str, status: int) -> None:
         from opentelemetry.trace import StatusCode
 
-        span.update_name(name)
+        span.update_name(f"{method} {route}")
         own = trail()
         span.set_attribute("http.route", route)
         span.set_attribute("http.response.status_code", status)

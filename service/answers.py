@@ -1,0 +1,32 @@
+"""JSON answers, and what a middleware sees of an answer that passes it."""
+
+from __future__ import annotations
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Message, Scope, Send
+
+
+def json_answer(document: object) -> Response:
+    """What orjson can write, with status 200."""
+    return Response(orjson.dumps(document), media_type="application/json")
+
+
+def route_of(scope: Scope) -> str:
+    """The template of the route that took a request, never its path; "unknown" before one did."""
+    route: str = getattr(scope.get("route"), "path", "unknown")
+    return route
+
+
+class Watched:
+    """A `send` that passes everything on, and notes the status."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.status: int | None = None
+        """None until the answer has begun."""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+        await self._send(message)
