@@ -12,8 +12,8 @@ from typing import Any
 from fastapi import FastAPI
 from starlette.responses import FileResponse, Response
 
-from bundle.golden import body_of, read_golden
-from bundle.manifest import GOLDEN, BundleError, refusals
+from bundle.golden import body_of
+from bundle.manifest import BundleError, refusals
 from bundle.registry import Current, Registry, RegistryError
 from service.answers import json_answer
 from service.errors import NotReadyError
@@ -74,10 +74,9 @@ class Console:
         """
         if self.live.scorer is None:
             raise NotReadyError(self.live.why_not_ready())
-        path = self.live.scorer.artifact.folder / GOLDEN
-        goldens = await asyncio.to_thread(read_golden, path)
+        golden = self.live.scorer.artifact.golden
         return json_answer(
-            {"request": body_of(goldens[nth % len(goldens)].request), "num": len(goldens)}
+            {"request": body_of(golden[nth % len(golden)].request), "num": len(golden)}
         )
 
     def _in_registry(self) -> dict[str, Any]:
