@@ -86,10 +86,6 @@ class Queue:
         self.wait_s = 0.0
         """Expected seconds of work that is waiting or begun."""
 
-    @property
-    def is_empty(self) -> bool:
-        return self._num == 0
-
     def saw_arrival(self) -> None:
         """A request was read, so there may be more."""
         self._quiet_turns = 0
@@ -157,10 +153,6 @@ class Admission:
         self._queue, self._max_wait_s, self._metrics = Queue(), max_wait_s, metrics
         self._costs: Mapping[str, Cost] = {path: Cost() for path in PATHS}
         self._ended_s = 0.0
-
-    @property
-    def is_idle(self) -> bool:
-        return self._queue.is_empty
 
     def is_full(self) -> bool:
         """Whether what comes now would wait too long; also notes that something came."""

@@ -128,16 +128,14 @@ def _build(folder: Path, manifest: Manifest, reader: Reader, store_deadline_ms: 
     artifact = open_artifact(folder)
     if artifact.manifest != manifest or manifest.id != folder.name:
         raise BundleError(f"{folder.name}: its manifest is that of {artifact.manifest.id!r}")
-    sessions = Sessions(*(_open_model(artifact, path) for path in _models(artifact)))
+    sessions = Sessions(
+        _open_model(artifact, artifact.model), _open_model(artifact, artifact.item_model)
+    )
     _check_inputs(artifact, sessions)
     scorer = Scorer(artifact, sessions, reader, store_deadline_ms)
     _check_golden(scorer)
     _warm_up(scorer)
     return scorer
-
-
-def _models(artifact: Artifact) -> tuple[Path, Path]:
-    return artifact.model, artifact.item_model
 
 
 def _open_model(artifact: Artifact, path: Path) -> ort.InferenceSession:
@@ -227,7 +225,7 @@ def _check_golden(scorer: Scorer) -> None:
 
 def _golden_scores(scorer: Scorer, golden: Golden, from_table: bool, where: str) -> Scores:
     try:
-        windows = golden_windows(golden)
+        windows = _recorded_windows(golden)
         scores = scorer.score_now(golden.request, windows, from_table=from_table)
     except Exception as error:  # onnxruntime's errors have no base of their own
         raise RefusedError("golden", f"{where}: {error}") from error
@@ -239,7 +237,7 @@ def _golden_scores(scorer: Scorer, golden: Golden, from_table: bool, where: str)
     return scores
 
 
-def golden_windows(golden: Golden) -> RequestWindows:
+def _recorded_windows(golden: Golden) -> RequestWindows:
     """The windows that a golden request was recorded with."""
     return RequestWindows(*(_windows_of(golden.windows, side) for side in ("user", "item")))
 
