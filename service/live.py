@@ -111,15 +111,13 @@ class Live:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
                 await self._task
-        if self._scorer is not None:
-            scorer, self._scorer = self._scorer, None
+        held = [self._scorer] if self._scorer else []
+        held += [self._canary[1]] if self._canary else []
+        self._scorer = self._canary = None
+        for scorer in held:
             await scorer.close()
             scorer.release()
-            gc.unfreeze()
-        if self._canary is not None:
-            await self._canary[1].close()
-            self._canary[1].release()
-            self._canary = None
+        gc.unfreeze()
         self._source.close()
 
     async def refresh(self) -> None:
@@ -155,38 +153,26 @@ class Live:
         if wanted is None or wanted == self._tried_canary:
             return
         self._tried_canary = wanted
-        try:
-            scorer = await self._load(wanted.id)
-        except RefusedError as refused:
-            self._refuse(wanted.id, refused)
-            if refused.kind == "store":
-                self._tried_canary = None
-        except Exception as error:
-            log.exception("loading canary %s failed", wanted.id)
-            self._refuse(wanted.id, RefusedError("internal", f"{type(error).__name__}: {error}"))
-        else:
+        scorer = await self._attempt(wanted.id)
+        if isinstance(scorer, Scorer):
             self._canary = (wanted, scorer)
             self._metrics.canary(_labels(scorer), replaced=None)
             log.info("bundle %s, window %s, is the canary", *_labels(scorer))
+        elif scorer.kind == "store":
+            self._tried_canary = None  # may pass by itself, so the next poll tries again
 
     async def _refresh(self, sight: _Sight) -> None:
         if sight == self._tried or self._is_live(sight):
             return
         self._tried = sight
-        bundle_id = sight.current.current if sight.current else None
-        try:
-            if sight.error:
-                raise RefusedError("registry", sight.error)
-            if bundle_id is None:
-                return
-            scorer = await self._load(bundle_id)
-        except RefusedError as refused:
-            self._refuse(bundle_id, refused)
-        except Exception as error:
-            log.exception("loading bundle %s failed", bundle_id)
-            self._refuse(bundle_id, RefusedError("internal", f"{type(error).__name__}: {error}"))
-        else:
-            await self._swap(scorer)
+        if sight.error:
+            self._refuse(None, RefusedError("registry", sight.error))
+        elif sight.current is not None:
+            scorer = await self._attempt(sight.current.current)
+            if isinstance(scorer, Scorer):
+                await self._swap(scorer)
+            elif scorer.kind == "store":
+                self._tried = None  # may pass by itself, so the next poll tries again
 
     async def _follow(self) -> None:
         while True:
@@ -219,6 +205,18 @@ class Live:
     def _is_live(self, sight: _Sight) -> bool:
         return bool(self._scorer and sight.current and sight.current.current == self._scorer.id)
 
+    async def _attempt(self, bundle_id: str) -> Scorer | RefusedError:
+        """The bundle, loaded; or why it was refused, which is noted."""
+        try:
+            return await self._load(bundle_id)
+        except RefusedError as error:
+            refused = error
+        except Exception as error:
+            log.exception("loading bundle %s failed", bundle_id)
+            refused = RefusedError("internal", f"{type(error).__name__}: {error}")
+        self._refuse(bundle_id, refused)
+        return refused
+
     async def _load(self, bundle_id: str) -> Scorer:
         try:
             folder = self._registry.path(bundle_id)
@@ -232,8 +230,6 @@ class Live:
 
     def _refuse(self, bundle_id: str | None, refused: RefusedError) -> None:
         self._metrics.refusals.labels(refused.kind).inc()
-        if refused.kind == "store":
-            self._tried = None  # may pass by itself, so the next poll tries again
         refusal = Refusal(bundle_id, refused.kind, str(refused), _now())
         last = self.refusals[0] if self.refusals else None
         if last and (last.bundle, last.kind) == (refusal.bundle, refusal.kind):

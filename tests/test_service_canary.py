@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -15,12 +16,14 @@ from bundles import (
     constant,
     eventually,
     make_place,
+    make_window,
     serving,
     settings_of,
 )
 from test_service_app import samples
 
 from bundle.registry import Registry, RegistryError
+from embeddings_store import Reader, Store, StoreUnavailable, WindowRef
 from service.routing import is_chosen
 
 USERS = [f"user-{number}" for number in range(200)]
@@ -39,6 +42,10 @@ def model_of(client: httpx.Client, user: str) -> str:
 
 def models(client: httpx.Client) -> dict[str, str]:
     return {user: model_of(client, user) for user in USERS}
+
+
+def refused(client: httpx.Client, kind: str) -> float:
+    return samples(client).get(f"ecdctr_refusals_total{{kind={kind}}}", 0.0)
 
 
 def has_canary(client: httpx.Client, bundle_id: str) -> bool:
@@ -91,6 +98,36 @@ def test_a_canary_that_is_refused_leaves_all_users_with_the_current_bundle(place
         place.registry.start_canary(good, 1.0)
         eventually(lambda: has_canary(client, good))
         assert set(models(client).values()) == {good}
+
+
+class PartlyAwayStore:
+    """Gives no answer about one window while it is away."""
+
+    def __init__(self, inner: Store, lacking: WindowRef) -> None:
+        self._inner, self.close = inner, inner.close
+        self._lacking, self.is_away = lacking, True
+
+    async def reader(self, ref: WindowRef) -> Reader:
+        if self.is_away and ref == self._lacking:
+            raise StoreUnavailable("planted")
+        return await self._inner.reader(ref)
+
+
+def test_a_canary_that_waits_for_its_store_has_nothing_else_tried_again(place: Place) -> None:
+    live, bad = add_live_bundle(place), add_bundle(place, change_graph=constant)
+    window = make_window(seed=1)
+    canary = add_bundle(place, window=window)
+    store: Any = PartlyAwayStore(place.store, place.store.publish(window))
+    with serving(settings_of(place), store) as client:
+        place.registry.promote(bad)
+        place.registry.start_canary(canary, 1.0)
+        eventually(lambda: refused(client, "store") >= 5)
+        # When it was promoted, and once more where the canary came after that was seen.
+        assert refused(client, "constant") <= 2
+        assert set(models(client).values()) == {live}
+        store.is_away = False
+        eventually(lambda: has_canary(client, canary))
+        assert set(models(client).values()) == {canary}
 
 
 def test_a_promoted_canary_is_the_current_bundle_for_all(place: Place) -> None:
