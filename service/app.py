@@ -89,12 +89,13 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     `store` is the one that `settings` name unless given.
     """
     metrics = Metrics(CollectorRegistry(), settings.metrics_dir)
-    live = Live(settings, metrics, WindowSource(settings, store))
+    registry = Registry(settings.registry)
+    live = Live(settings, registry, metrics, WindowSource(settings, store))
     audit = _audit(settings, metrics)
     traces = open_provider() if settings.traces else None
     admission = Admission(settings.max_wait_ms / 1000, metrics)
     drain = Drain(settings.drain_s)
-    control = Control(Registry(settings.registry), live, metrics, settings.control_token)
+    control = Control(registry, live, metrics, settings.control_token)
     has_control = bool(settings.control_token) and not settings.control_port
 
     @asynccontextmanager
@@ -105,7 +106,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
             if audit is not None:
                 audit.start()
             await live.start()
-            ticking = asyncio.create_task(_tick(settings, live, metrics))
+            ticking = asyncio.create_task(_tick(registry, live, metrics))
             async with _control_port(settings, control):
                 with drain.on_sigterm():
                     yield
@@ -140,12 +141,11 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     app.add_middleware(FollowRequests)
     app.add_middleware(TurnAway, admission=admission, metrics=metrics)
     app.add_middleware(SayGoodbye, drain=drain)
-    _add_endpoints(app, Endpoints(settings, live, metrics, admission, drain, audit))
+    _add_endpoints(app, Endpoints(settings, registry, live, metrics, admission, drain, audit))
     if has_control:
         control.install(app)
     _add_docs(app)
     if settings.console:
-        registry = Registry(settings.registry)
         console.install(app, console.Console(registry, live, control=has_control))
     return app
 
@@ -166,9 +166,8 @@ def _audit(settings: Settings, metrics: Metrics) -> Audit | None:
     return Audit(settings.audit_dir, settings.audit_sample, limit_bytes, metrics.audited)
 
 
-async def _tick(settings: Settings, live: Live, metrics: Metrics) -> None:
+async def _tick(registry: Registry, live: Live, metrics: Metrics) -> None:
     """What is done every few seconds, and not for each request."""
-    registry = Registry(settings.registry)
     while True:
         try:
             metrics.feedback.known = frozenset(await asyncio.to_thread(registry.ids))

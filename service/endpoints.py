@@ -35,6 +35,7 @@ class Endpoints:
     """The handlers, and what they share."""
 
     settings: Settings
+    registry: Registry
     live: Live
     metrics: Metrics
     admission: Admission
@@ -82,7 +83,7 @@ class Endpoints:
 
     async def models(self) -> Response:
         """The live bundle, the last refusals, and all bundles in the registry."""
-        available = await asyncio.to_thread(Registry(self.settings.registry).ids)
+        available = await asyncio.to_thread(self.registry.ids)
         refusals = [RefusedModel(**asdict(refusal)) for refusal in self.live.refusals]
         models = Models(live=self._live_model(), refusals=refusals, available=available)
         return json_answer(models.model_dump())

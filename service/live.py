@@ -56,10 +56,12 @@ class _Sight:
 class Live:
     """Owns the live scorer, and the task that replaces it. All methods are for the event loop."""
 
-    def __init__(self, settings: Settings, metrics: Metrics, source: WindowSource) -> None:
-        self._settings, self._metrics, self._source = settings, metrics, source
+    def __init__(
+        self, settings: Settings, registry: Registry, metrics: Metrics, source: WindowSource
+    ) -> None:
+        self._settings, self._registry = settings, registry
+        self._metrics, self._source = metrics, source
         self._started_s = time.monotonic()
-        self._registry = Registry(settings.registry)
         self._scorer: Scorer | None = None
         self._tried: _Sight | None = None
         self._canary: tuple[Canary, Scorer] | None = None
