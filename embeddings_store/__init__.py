@@ -33,6 +33,8 @@ from embeddings_store.window import (
     Windows,
     WindowStats,
     Writer,
+    all_absent,
+    all_failed,
     pack_window,
     window_months,
 )
@@ -61,6 +63,8 @@ __all__ = [
     "WindowStats",
     "Windows",
     "Writer",
+    "all_absent",
+    "all_failed",
     "open_store",
     "pack_window",
     "read_snapshot",

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -32,6 +32,8 @@ from embeddings_store.window import (
     WindowRef,
     Windows,
     all_absent,
+    all_failed,
+    check_answered,
     check_ids,
 )
 
@@ -176,7 +178,7 @@ class CachedReader:
         except StoreError as error:
             if not len(item_ids):
                 raise
-            user = _failed(1, self.dim, error)
+            user = all_failed(1, self.dim, error)
         return RequestWindows(user, held)
 
     async def close(self) -> None:
@@ -215,8 +217,10 @@ class CachedReader:
             else:
                 answer.error, answer.failed[rows] = error, True
             if flight in mine and user_id is not None:
-                user = _failed(1, self.dim, error) if error else flight.task.result().user
-        return _raised_if_empty(RequestWindows(user, answer.windows()))
+                user = all_failed(1, self.dim, error) if error else flight.task.result().user
+        items = answer.windows()
+        check_answered(items, user)
+        return RequestWindows(user, items)
 
     def _start(self, user_id: int | None, ids: Ids, deadline_ms: float) -> _Flight:
         """A task of its own: a lookup that is cancelled must not take the others' answer along."""
@@ -333,16 +337,3 @@ def _error(flight: _Flight, deadline_ms: float) -> StoreError | None:
     if error is None or (isinstance(error, StoreError) and not isinstance(error, StoreClosed)):
         return error
     raise error
-
-
-def _failed(num: int, dim: int, error: StoreError) -> Windows:
-    return replace(all_absent(num, dim), failure=Failure(error, np.ones(num, np.bool_)))
-
-
-def _raised_if_empty(found: RequestWindows) -> RequestWindows:
-    """Raises the error when no row at all was answered."""
-    parts = [part for part in (found.user, found.items) if len(part.present)]
-    failures = [part.failure for part in parts if part.failure and part.failure.rows.all()]
-    if failures and len(failures) == len(parts):
-        raise failures[-1].error
-    return found

@@ -19,6 +19,7 @@ from embeddings_store.window import (
     WindowNotFound,
     WindowRef,
     Windows,
+    check_answered,
 )
 
 
@@ -89,7 +90,5 @@ class RedisReader:
             stop = start + len(question.buckets)
             answers.append(question.answer(replies[start:stop]))
             start = stop
-        failures = [answer.failure for answer in answers if len(answer.present)]
-        if failures and all(failure and failure.rows.all() for failure in failures):
-            raise next(failure.error for failure in failures if failure)
+        check_answered(*answers)
         return answers

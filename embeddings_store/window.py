@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias, get_args
 
 import numpy as np
@@ -322,6 +322,18 @@ def all_absent(num: int, dim: int) -> Windows:
     """`Windows` of `num` rows of which none is in the store."""
     shape = (num, NUM_MONTHS, dim + 1)
     return Windows(np.zeros(shape, np.float32), np.zeros(shape[:2], np.bool_))
+
+
+def all_failed(num: int, dim: int, error: StoreError) -> Windows:
+    """`Windows` of `num` rows of which none was answered."""
+    return replace(all_absent(num, dim), failure=Failure(error, np.ones(num, np.bool_)))
+
+
+def check_answered(*parts: Windows) -> None:
+    """Raises the first error of the parts of a lookup when no row at all was answered."""
+    failures = [part.failure for part in parts if len(part.present)]
+    if failures and all(failure and failure.rows.all() for failure in failures):
+        raise next(failure.error for failure in failures if failure)
 
 
 class Reader(Protocol):

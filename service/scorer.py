@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,6 @@ from bundle.artifact import Artifact
 from bundle.encode import Arrays, Encoded, Request
 from bundle.parts import ItemParts, Places
 from embeddings_store import (
-    Failure,
     Reader,
     RequestWindows,
     StoreBusy,
@@ -33,13 +32,14 @@ from embeddings_store import (
     StoreUnavailable,
     WindowNotFound,
     Windows,
+    all_absent,
+    all_failed,
 )
 from service.errors import DeadlineExceededError, ImpossibleScoreError
 
 Scores = npt.NDArray[np.float32]
 OUTPUT = "score"
 PART = "part"
-NUM_MONTHS = 3
 
 REASONS: Mapping[type[StoreError], str] = {
     StoreTimeout: "timeout",
@@ -228,9 +228,10 @@ class Scorer:
                 found = await self.reader.lookup_request(user_id, keys, deadline_ms=budget_ms)
             else:
                 user = await self.reader.lookup("users", encoded.user_key, deadline_ms=budget_ms)
-                found = RequestWindows(user, _absent(0, self.reader.dim))
+                found = RequestWindows(user, all_absent(0, self.reader.dim))
         except StoreError as error:
-            found = _failed(len(lacking), self.reader.dim, error)
+            num, dim = len(lacking), self.reader.dim
+            found = RequestWindows(all_failed(1, dim, error), all_failed(num, dim, error))
         return found, _degraded(found)
 
 
@@ -253,17 +254,7 @@ def open_session(path: Path) -> ort.InferenceSession:
 
 def absent_windows(num_items: int, dim: int) -> RequestWindows:
     """Windows of one user and `num_items` items of which the store gave nothing."""
-    return RequestWindows(_absent(1, dim), _absent(num_items, dim))
-
-
-def _failed(num_items: int, dim: int, error: StoreError) -> RequestWindows:
-    absent = absent_windows(num_items, dim)
-    return RequestWindows(
-        *(
-            replace(part, failure=Failure(error, np.ones(len(part.present), np.bool_)))
-            for part in (absent.user, absent.items)
-        )
-    )
+    return RequestWindows(all_absent(1, dim), all_absent(num_items, dim))
 
 
 def _degraded(windows: RequestWindows) -> dict[str, str]:
@@ -277,11 +268,6 @@ def _degraded(windows: RequestWindows) -> dict[str, str]:
     return {
         what: REASONS.get(type(error), "store_error") for what, error in errors.items() if error
     }
-
-
-def _absent(num: int, dim: int) -> Windows:
-    vectors = np.zeros((num, NUM_MONTHS, dim + 1), np.float32)
-    return Windows(vectors, np.zeros((num, NUM_MONTHS), np.bool_))
 
 
 def user_inputs(user: Windows) -> Arrays:
