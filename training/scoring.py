@@ -10,7 +10,7 @@ import numpy.typing as npt
 import onnxruntime
 from scipy.special import logit
 
-from bundle.encode import Arrays, Encoder, Request
+from bundle.encode import Arrays, Encoded, Encoder, Request
 from bundle.manifest import ITEM_MODEL, MODEL, PARTS
 from bundle.parts import ItemParts, Run, read_parts
 from embeddings_store.embedded import EmbeddedReader
@@ -39,25 +39,26 @@ class BundleScorer:
         parts = self._parts if from_table else self._computed
         lacking = parts.lacking(encoded)
         of_items = {name: windows[name][lacking] for name in windows if name.startswith("item_")}
-        inputs = {**encoded.inputs, **windows, "item_part": parts.of(encoded, lacking, of_items)}
-        feed = {value.name: inputs[value.name] for value in self._session.get_inputs()}
-        scores: Scores = self._session.run(["score"], feed)[0].astype(np.float64)
-        return scores
+        part = parts.of(encoded, lacking, of_items)
+        return self._run({**encoded.inputs, **windows, "item_part": part})
 
     def score_all(self, reader: EmbeddedReader, requests: Sequence[Request]) -> list[Scores]:
         """Probabilities float64 [N] of each request, with windows from the store."""
-        return [self.score(one, self._windows(reader, one)) for one in requests]
+        return [self._looked_up(reader, self._encoder.request(one)) for one in requests]
 
-    def _windows(self, reader: EmbeddedReader, request: Request) -> Arrays:
-        encoded = self._encoder.request(request)
+    def _looked_up(self, reader: EmbeddedReader, encoded: Encoded) -> Scores:
+        lacking = self._parts.lacking(encoded)
         user = reader.lookup_now("users", encoded.user_key)
-        items = reader.lookup_now("items", encoded.item_keys)
-        return {
-            "user_window": user.vectors,
-            "user_window_present": user.present,
-            "item_window": items.vectors,
-            "item_window_present": items.present,
-        }
+        items = reader.lookup_now("items", encoded.item_keys[lacking])
+        of_user = {"user_window": user.vectors, "user_window_present": user.present}
+        of_items = {"item_window": items.vectors, "item_window_present": items.present}
+        part = self._parts.of(encoded, lacking, of_items)
+        return self._run({**encoded.inputs, **of_user, "item_part": part})
+
+    def _run(self, inputs: Arrays) -> Scores:
+        feed = {value.name: inputs[value.name] for value in self._session.get_inputs()}
+        scores: Scores = self._session.run(["score"], feed)[0].astype(np.float64)
+        return scores
 
 
 def item_run(model: Path) -> Run:
