@@ -217,14 +217,9 @@ class Encoder:
         item_keys: Keys,
         item_matched: npt.NDArray[np.int32],
     ) -> None:
-        ages = self._history_column(request.history_age_days, "user.history.age_days")
-        counts = self._history_column(request.history_count, "user.history.count")
-        keys, rows = self._look_up(request.history_items)
+        keys, matched, ages, counts = self._steps(request)
         if not keys.size:
             missing[self.spec.history.name] = 1
-        newest = np.argsort(ages, kind="stable")[: self.spec.history.max_length]
-        keys, ages, counts = keys[newest].astype(np.int64), ages[newest], counts[newest]
-        matched = self.history_categorical(rows[newest])
         columns = range(len(self._match_columns))
         levels = [(keys, item_keys.astype(np.int64))]
         levels += [(matched[:, i], item_matched[:, i]) for i in columns]  # type: ignore[misc]
@@ -236,17 +231,31 @@ class Encoder:
     def whole_history(self, request: Request) -> Arrays:
         """history_item int64 [1, L], history_cat int32 [1, L, M] and history_num float32 [1, L, 2]
         of all steps that `match` counts; at least one, of zeros."""
-        ages = self._history_column(request.history_age_days, "user.history.age_days")
-        counts = self._history_column(request.history_count, "user.history.count")
-        newest = np.argsort(ages, kind="stable")[: self.spec.history.max_length]
-        keys, rows = self._look_up(request.history_items)
-        length = max(len(newest), 1)
-        numbers = np.stack([ages[newest], counts[newest]], axis=1).astype(np.float32)
+        keys, matched, ages, counts = self._steps(request)
+        length = max(len(keys), 1)
+        numbers = np.stack([ages, counts], axis=1).astype(np.float32)
         return {
-            "history_item": _padded(keys[newest].astype(np.int64), length),
-            "history_cat": _padded(self.history_categorical(rows[newest]), length),
+            "history_item": _padded(keys, length),
+            "history_cat": _padded(matched, length),
             "history_num": _padded(numbers, length),
         }
+
+    def _steps(
+        self, request: Request
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.float64],
+        npt.NDArray[np.float64],
+    ]:
+        """Keys [L], matched features [L, M], ages in days [L] and counts [L] of the history, newest
+        first, at most `max_length` steps."""
+        ages = self._history_column(request.history_age_days, "user.history.age_days")
+        counts = self._history_column(request.history_count, "user.history.count")
+        keys, rows = self._look_up(request.history_items)
+        newest = np.argsort(ages, kind="stable")[: self.spec.history.max_length]
+        matched = self.history_categorical(rows[newest])
+        return keys[newest].astype(np.int64), matched, ages[newest], counts[newest]
 
     def _newest(self, steps: npt.NDArray[np.generic]) -> npt.NDArray[np.generic]:
         """[1, A, ...] of steps [L, ...], newest first."""
