@@ -26,7 +26,8 @@ from bundle.manifest import Tensor
 from bundle.parts import Floats, ItemParts, Places, Run
 from embeddings_store import Reader
 from service.decode import decode
-from service.scorer import Deadline, Scorer, Stages, item_inputs, open_session, user_inputs
+from service.graphs import open_session
+from service.scorer import Deadline, Scorer, Stages, item_inputs, user_inputs
 from service.settings import Settings
 from service.vetting import load
 from service.windows import WindowSource

@@ -119,7 +119,6 @@ class Live:
         for scorer in held:
             await scorer.close()
             scorer.release()
-        gc.unfreeze()
         self._source.close()
 
     async def refresh(self) -> None:
@@ -248,8 +247,8 @@ class Live:
         if old is not None:
             await _retire(old)
         # What is alive now stays alive until the next swap. Frozen, it is not walked through by
-        # every full collection, which would stop all requests for tens of milliseconds.
-        gc.unfreeze()
+        # every full collection, which would stop all requests for tens of milliseconds. It stays
+        # frozen: what belongs to a bundle refers to nothing in a circle, so it is freed at once.
         gc.collect()
         gc.freeze()
 

@@ -11,11 +11,8 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
-import onnxruntime as ort
 
 from bundle.artifact import Artifact
 from bundle.encode import Arrays, Encoded, Request
@@ -35,11 +32,8 @@ from embeddings_store import (
     all_absent,
     all_failed,
 )
-from service.errors import DeadlineExceededError, ImpossibleScoreError
-
-Scores = npt.NDArray[np.float32]
-OUTPUT = "score"
-PART = "part"
+from service.errors import DeadlineExceededError
+from service.graphs import Graphs, Scores
 
 REASONS: Mapping[type[StoreError], str] = {
     StoreTimeout: "timeout",
@@ -107,30 +101,20 @@ class Scored:
     """Vectors in the store that held a NaN or an infinity, and count as absent."""
 
 
-@dataclass(frozen=True)
-class Sessions:
-    """The two graphs of a bundle."""
-
-    scores: ort.InferenceSession
-    items: ort.InferenceSession
-
-
 class Scorer:
     """One bundle with its sessions and its reader, all of which it owns."""
 
     def __init__(
-        self, artifact: Artifact, sessions: Sessions, reader: Reader, store_deadline_ms: float
+        self, artifact: Artifact, graphs: Graphs, reader: Reader, store_deadline_ms: float
     ) -> None:
         self.artifact = artifact
         self.in_flight = 0
-        self._sessions: Sessions | None = sessions
+        self._graphs = graphs
         encoder = artifact.encoder
-        self._parts = ItemParts(encoder, artifact.parts, self._run_items)
-        self._computed = ItemParts(encoder, None, self._run_items)
+        self._parts = ItemParts(encoder, artifact.parts, graphs.item_parts)
+        self._computed = ItemParts(encoder, None, graphs.item_parts)
         self.reader = reader
         self._store_deadline_ms = store_deadline_ms
-        self._inputs = [tensor.name for tensor in artifact.manifest.inputs]
-        self._item_inputs = [tensor.name for tensor in artifact.manifest.item_inputs]
 
     @property
     def id(self) -> str:
@@ -151,7 +135,7 @@ class Scorer:
         Raises:
             FeatureError: a value can't be encoded.
             DeadlineExceededError: checked before each stage that costs something.
-            ImpossibleScoreError: see `run`.
+            ImpossibleScoreError: see `Graphs.scores`.
         """
         deadline.remaining_ms()
         with stages.timed("encode"):
@@ -164,7 +148,9 @@ class Scorer:
         deadline.remaining_ms()
         with stages.timed("run"):
             part = self._parts.of(encoded, lacking, item_inputs(windows.items))
-            scores = self._run({**encoded.inputs, **user_inputs(windows.user), "item_part": part})
+            scores = self._graphs.scores(
+                {**encoded.inputs, **user_inputs(windows.user), "item_part": part}
+            )
         missing = {**encoded.missing, **_missing_windows(windows, part)}
         num_invalid = windows.user.num_invalid + windows.items.num_invalid
         return Scored(self.id, scores, degraded, missing, num_invalid)
@@ -184,27 +170,9 @@ class Scorer:
         lacking = parts.lacking(encoded)
         items = Windows(windows.items.vectors[lacking], windows.items.present[lacking])
         part = parts.of(encoded, lacking, item_inputs(items))
-        return self._run({**encoded.inputs, **user_inputs(windows.user), "item_part": part})
-
-    def _run(self, inputs: Arrays) -> Scores:
-        assert self._sessions is not None, "a released scorer was used"
-        feed = {name: inputs[name] for name in self._inputs}
-        (scores,) = self._sessions.scores.run([OUTPUT], feed)
-        # Comparisons are false for NaN, so this refuses NaN and infinities too.
-        expected = (len(inputs["item_part"]),)
-        if scores.shape != expected or not ((scores >= 0) & (scores <= 1)).all():
-            raise ImpossibleScoreError(
-                f"{self.id}: scores outside 0 .. 1, or not one per candidate"
-            )
-        result: Scores = scores
-        return result
-
-    def _run_items(self, inputs: Arrays) -> Scores:
-        assert self._sessions is not None, "a released scorer was used"
-        feed = {name: inputs[name] for name in self._item_inputs}
-        (part,) = self._sessions.items.run([PART], feed)
-        result: Scores = part
-        return result
+        return self._graphs.scores(
+            {**encoded.inputs, **user_inputs(windows.user), "item_part": part}
+        )
 
     async def close(self) -> None:
         """Closes the reader; nothing may be in flight."""
@@ -212,7 +180,7 @@ class Scorer:
 
     def release(self) -> None:
         """Frees the sessions and their models; takes a while, so not on the event loop."""
-        self._sessions = None
+        self._graphs.release()
 
     async def _look_up(
         self, encoded: Encoded, lacking: Places, deadline: Deadline
@@ -233,23 +201,6 @@ class Scorer:
             num, dim = len(lacking), self.reader.dim
             found = RequestWindows(all_failed(1, dim, error), all_failed(num, dim, error))
         return found, _degraded(found)
-
-
-def open_session(path: Path) -> ort.InferenceSession:
-    """A session over the model at `path`; its external data stays on disk, memory-mapped.
-
-    onnxruntime itself refuses external data outside the model's folder, and links out of it.
-    """
-    options = ort.SessionOptions()
-    # More than one thread costs a small model more in hand-overs than it gains, and threads that
-    # spin while they wait take the processor from everything else.
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
-    # Denormals make some inputs many times slower. The calling thread flushes them from now on.
-    options.add_session_config_entry("session.set_denormal_as_zero", "1")
-    return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def absent_windows(num_items: int, dim: int) -> RequestWindows:

@@ -26,17 +26,8 @@ from embeddings_store import (
     Windows,
 )
 from embeddings_store.cache import CachedReader
-from service.scorer import (
-    OUTPUT,
-    PART,
-    Scorer,
-    Scores,
-    Sessions,
-    absent_windows,
-    item_inputs,
-    open_session,
-    user_inputs,
-)
+from service.graphs import OUTPUT, PART, Graphs, Scores, open_session
+from service.scorer import Scorer, absent_windows, item_inputs, user_inputs
 from service.windows import WindowSource
 
 log = logging.getLogger(__name__)
@@ -128,11 +119,10 @@ def _build(folder: Path, manifest: Manifest, reader: Reader, store_deadline_ms: 
     artifact = open_artifact(folder)
     if artifact.manifest != manifest or manifest.id != folder.name:
         raise BundleError(f"{folder.name}: its manifest is that of {artifact.manifest.id!r}")
-    sessions = Sessions(
-        _open_model(artifact, artifact.model), _open_model(artifact, artifact.item_model)
-    )
-    _check_inputs(artifact, sessions)
-    scorer = Scorer(artifact, sessions, reader, store_deadline_ms)
+    scores, items = (_open_model(artifact, p) for p in (artifact.model, artifact.item_model))
+    _check_inputs(artifact, scores, items)
+    graphs = Graphs(manifest, scores, items)
+    scorer = Scorer(artifact, graphs, reader, store_deadline_ms)
     _check_golden(scorer)
     _warm_up(scorer)
     return scorer
@@ -145,7 +135,9 @@ def _open_model(artifact: Artifact, path: Path) -> ort.InferenceSession:
         raise RefusedError("model", f"{artifact.manifest.id}: {path.name}: {error}") from error
 
 
-def _check_inputs(artifact: Artifact, sessions: Sessions) -> None:
+def _check_inputs(
+    artifact: Artifact, scores_graph: ort.InferenceSession, item_graph: ort.InferenceSession
+) -> None:
     """The graphs take what the manifest lists, and the encoder makes it in that type and shape."""
     manifest, request = artifact.manifest, _golden_request(artifact, 2)
     encoded, dim = artifact.encoder.request(request), artifact.manifest.window.dim
@@ -159,8 +151,8 @@ def _check_inputs(artifact: Artifact, sessions: Sessions) -> None:
         **user_inputs(windows.user),
         "item_part": artifact.parts[:2],
     }
-    _check_graph(manifest.id, sessions.items, manifest.item_inputs, items, PART, 2)
-    _check_graph(manifest.id, sessions.scores, manifest.inputs, made, OUTPUT, 1)
+    _check_graph(manifest.id, item_graph, manifest.item_inputs, items, PART, 2)
+    _check_graph(manifest.id, scores_graph, manifest.inputs, made, OUTPUT, 1)
 
 
 def _check_graph(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import gc
 import shutil
 import threading
+import weakref
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,9 @@ from bundles import (
     widen_input,
 )
 from servers import running_server
+
+from service.scorer import Scorer
+from service.vetting import load
 
 
 def live_id(client: httpx.Client) -> str | None:
@@ -237,7 +242,34 @@ def test_what_lives_as_long_as_the_bundle_is_kept_out_of_collections(tmp_path: P
         second = add_live_bundle(place, bias=1.0)
         eventually(lambda: live_id(client) == second)
         eventually(lambda: gc.get_freeze_count() > 1000)
-    assert gc.get_freeze_count() == 0
+
+
+@pytest.mark.parametrize("cache_mb", [0, 1])
+@pytest.mark.parametrize("in_server", [False, True])
+def test_a_replaced_bundle_is_freed_at_once_and_not_by_a_collection(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_server: bool, cache_mb: int
+) -> None:
+    loaded: list[list[weakref.ref[Any]]] = []
+
+    async def remember(*args: Any, **kwargs: Any) -> Scorer:
+        scorer = await load(*args, **kwargs)
+        parts = (scorer, scorer.artifact.encoder, scorer.artifact.parts, scorer.reader)
+        loaded.append([weakref.ref(part) for part in parts])
+        return scorer
+
+    monkeypatch.setattr("service.live.load", remember)
+    with running_server() if in_server else nullcontext() as server:
+        place = make_place(tmp_path, server.url) if server else make_place(tmp_path)
+        add_live_bundle(place)
+        with serving(settings_of(place, item_cache_mb=cache_mb)) as client:
+            client.post("/v1/score", json=body())
+            assert all(part() is not None for part in loaded[0])
+            second = add_live_bundle(place, bias=1.0)
+            eventually(lambda: live_id(client) == second)
+            # It was frozen when it went live, so no collection looks at it.
+            eventually(lambda: all(part() is None for part in loaded[0]))
+            assert all(part() is not None for part in loaded[1])
+        place.store.close()
 
 
 def test_swaps_under_load_fail_no_request_and_mix_no_scores(tmp_path: Path) -> None:
