@@ -27,6 +27,16 @@ ecdctr.main(sys.argv[1:])
 """Runs the command line on a machine that lacks some libraries."""
 
 
+def commands_in(text: str) -> list[str]:
+    """The commands in the console blocks of a document, each with what it prints, if that stands
+    there, and without its prompt."""
+    return [
+        block.removeprefix("$ ").strip()
+        for fence in re.findall(r"```console\n(.*?)```", text, re.DOTALL)
+        for block in re.split(r"\n(?=\$ )", fence)
+    ]
+
+
 @dataclass(frozen=True)
 class Ran:
     code: int

@@ -21,6 +21,8 @@ from commands import ROOT, Run
 os.environ["OMP_NUM_THREADS"] = "1"
 
 if TYPE_CHECKING:
+    from bundles import Place
+
     from training.datasets.complete_journey import Summary
     from training.events import EventLog
     from training.recipes import Recipe
@@ -50,6 +52,16 @@ class Exported:
     @property
     def bundle(self) -> Path:
         return self.workspace.registry.path(self.bundle_id)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A registry in which a small bundle is live, and a store with its window; one for a module."""
+    from bundles import add_live_bundle, make_place
+
+    place = make_place(tmp_path_factory.mktemp("place"))
+    add_live_bundle(place)
+    return place
 
 
 @pytest.fixture

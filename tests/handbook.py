@@ -9,14 +9,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import yaml
+from commands import commands_in
 from manifests import ROOT, kubectl
 
 OPERATIONS = (ROOT / "docs" / "operations.md").read_text()
-COMMANDS = [
-    block.removeprefix("$ ").strip().replace("\\\n", "")
-    for fence in re.findall(r"```console\n(.*?)```", OPERATIONS, re.DOTALL)
-    for block in re.split(r"\n(?=\$ )", fence)
-]
+COMMANDS = [command.replace("\\\n", "") for command in commands_in(OPERATIONS)]
 
 
 def commands_of(start: str) -> list[str]:

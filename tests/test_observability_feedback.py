@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-from bundles import ITEMS, Place, add_live_bundle, body, make_place, serving, settings_of
+from bundles import ITEMS, Place, body, serving, settings_of
 from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.metrics import roc_auc_score
@@ -20,13 +20,6 @@ from test_service_metrics import value
 from service.feedback import SEEN_SLOTS, Feedback, Seen, auc
 from service.recent import Recent
 from service.schemas import Event
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = make_place(tmp_path_factory.mktemp("feedback"))
-    add_live_bundle(place)
-    return place
 
 
 @pytest.fixture

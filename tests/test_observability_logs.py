@@ -19,7 +19,6 @@ import pytest
 from bundles import (
     Place,
     add_bundle,
-    add_live_bundle,
     body,
     eventually,
     make_place,
@@ -35,13 +34,6 @@ from service.logs import BURST, BURST_S, Flood, JsonLines, TextLines, facts
 ROOT = Path(__file__).parent.parent
 SLOW = {"ECDCTR_SLOW_MS": "0.001", "ECDCTR_LOG_FORMAT": "json"}
 """Every request is slow."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = make_place(tmp_path_factory.mktemp("logs"))
-    add_live_bundle(place)
-    return place
 
 
 @contextmanager

@@ -9,17 +9,14 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from commands import commands_in
 from conftest import Exported
 
 import ecdctr
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-COMMANDS = [
-    block.removeprefix("$ ").strip()
-    for fence in re.findall(r"```console\n(.*?)```", README, re.DOTALL)
-    for block in re.split(r"\n(?=\$ )", fence)
-]
+COMMANDS = commands_in(README)
 
 
 def commands(start: str) -> list[str]:

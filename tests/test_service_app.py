@@ -7,7 +7,6 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -16,16 +15,10 @@ import httpx
 import pytest
 from bundles import Place, add_live_bundle, body, eventually, make_place, serving, settings_of
 from prometheus_client.parser import text_string_to_metric_families
+from runclock import run_s
 from servers import free_port
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = make_place(tmp_path_factory.mktemp("app"))
-    add_live_bundle(place)
-    return place
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +179,7 @@ def test_the_event_loop_answers_while_a_bundle_loads(tmp_path: Path) -> None:
         for number in range(1, 4):
             add_live_bundle(place, bias=number / 2)
             for _ in range(30):
-                started_s = time.perf_counter()
+                started_s = run_s()
                 assert client.get("/livez").status_code == 200
-                worst_s = max(worst_s, time.perf_counter() - started_s)
+                worst_s = max(worst_s, run_s() - started_s)
     assert worst_s < 1.0

@@ -43,13 +43,6 @@ def value(client: httpx.Client, name: str, **labels: str) -> float | None:
     return None
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    place = make_place(tmp_path_factory.mktemp("metrics"))
-    add_live_bundle(place)
-    return place
-
-
 @pytest.fixture
 def client(place: Place) -> Iterator[httpx.Client]:
     with serving(settings_of(place)) as client:

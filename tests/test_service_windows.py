@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,16 @@ def published(server: Server, tmp_path: Path) -> Place:
     return place
 
 
+@contextmanager
+def served_again(place: Place, port: int) -> Iterator[None]:
+    """A server at the port where the place's store was, with its window, while the block runs."""
+    with running_server(port=port) as server:
+        store = open_store(server.url)
+        store.publish(place.window)
+        store.close()
+        yield
+
+
 def with_copy(place: Place, tmp_path: Path, **changes: Any) -> Any:
     copy = tmp_path / "copy"
     open_store(str(copy)).publish(place.window)
@@ -81,10 +93,7 @@ def test_it_starts_from_the_copy_and_goes_over_to_the_store_once_that_is_there(
     with serving(with_copy(place, tmp_path)) as client:
         assert client.get("/readyz").status_code == 200
         assert reasons(client) == {"store": "unavailable"}
-        with running_server(port=port) as server:
-            store = open_store(server.url)
-            store.publish(place.window)
-            store.close()
+        with served_again(place, port):
             eventually(lambda: reasons(client) == {})
 
 
@@ -111,10 +120,7 @@ def test_without_a_copy_it_waits_for_its_store_and_then_goes_live_without_window
             by_hand(place, body(), absent_windows(3, DIM)), abs=1e-7
         )
         assert reasons(client) == {"user_window": "unavailable"}
-        with running_server(port=port) as server:
-            store = open_store(server.url)
-            store.publish(place.window)
-            store.close()
+        with served_again(place, port):
             eventually(lambda: reasons(client) == {})
 
 

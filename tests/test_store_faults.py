@@ -21,6 +21,7 @@ import numpy as np
 import pytest
 import redis
 from proxies import Proxy, proxied
+from runclock import run_s
 from servers import Server, free_port, running_server
 from test_store import LONG_MS, UNKNOWN, Place, look, many_ids, uint64, window_of
 
@@ -43,8 +44,9 @@ from embeddings_store.buckets import bucket_keys
 from embeddings_store.node import FOREIGN, TRANSLATIONS, translate
 
 IDS = many_ids(1000)
-SLACK_S = 1.0
-"""For a machine that is busy with something else."""
+SLACK_S = 0.4
+"""For a machine that is busy with something else, beyond the time in which it does not let this
+process run at all."""
 NUM_CONNECTIONS = 2
 
 _prefixes = count()
@@ -88,15 +90,21 @@ def assert_right(got: Windows, ids: np.ndarray, seed: float = 0.0) -> None:
     assert np.array_equal(got.vectors[~failed][:, 0, 0], there)
 
 
+async def assert_found(reader: Reader, ids: np.ndarray) -> None:
+    got = await reader.lookup("items", ids, deadline_ms=LONG_MS)
+    assert got.present.all()
+    assert_right(got, ids)
+
+
 async def outcome(reader: Reader, ids: np.ndarray, deadline_ms: float = 20) -> StoreError | None:
     """The error of a lookup, which kept its deadline and whose rows were right."""
-    start_s = time.monotonic()
+    start_s = run_s()
     try:
         assert_right(await reader.lookup("items", ids, deadline_ms=deadline_ms), ids)
     except StoreError as error:
         return error
     finally:
-        assert time.monotonic() - start_s < deadline_ms / 1000 + SLACK_S
+        assert run_s() - start_s < deadline_ms / 1000 + SLACK_S
     return None
 
 
@@ -113,18 +121,18 @@ async def storm(reader: Reader, num_lookups: int, at_once: int = 10) -> list[Sto
 async def usable(reader: Reader, ids: np.ndarray, within_s: float = 4.0) -> None:
     """Returns once the reader answers. That takes less than a second (`make bench-store` measures
     it), but not on a machine that is busy with other things."""
-    give_up_at_s = time.monotonic() + within_s
+    give_up_at_s = run_s() + within_s
     while error := await outcome(reader, ids, LONG_MS):
-        assert time.monotonic() < give_up_at_s, error
+        assert run_s() < give_up_at_s, error
         await asyncio.sleep(0.01)
-    assert time.monotonic() < give_up_at_s
+    assert run_s() < give_up_at_s
 
 
 async def soon(is_so: Callable[[], bool]) -> None:
     """Returns once it is so; fails when it is not within ten seconds."""
-    give_up_at_s = time.monotonic() + 10
+    give_up_at_s = run_s() + 10
     while not is_so():
-        assert time.monotonic() < give_up_at_s
+        assert run_s() < give_up_at_s
         await asyncio.sleep(0.01)
 
 
@@ -263,18 +271,15 @@ def test_a_frozen_server_costs_the_deadline_and_is_used_again_afterwards() -> No
         reader = await store.reader(store.publish(window_of(ids)))
         server.freeze()
         for _ in range(3):
-            start_s = time.monotonic()
+            start_s = run_s()
             with pytest.raises(StoreUnavailable):  # at first because of the deadline
                 await reader.lookup("items", ids[:50], deadline_ms=30)
-            assert time.monotonic() - start_s < 0.2
+            assert run_s() - start_s < 0.2
         server.thaw()
         await usable(reader, ids[:1])
         # The replies of the three lookups above arrive now, for connections that are closed.
         for start in range(100, 300, 50):
-            got = await reader.lookup("items", ids[start : start + 50], deadline_ms=LONG_MS)
-            expected = (ids[start : start + 50] % np.uint64(1000)).astype(np.float32) + 0.6
-            assert got.present.all()
-            assert got.vectors[:, 0, 0] == pytest.approx(expected, rel=1e-5)
+            await assert_found(reader, ids[start : start + 50])
         await reader.close()
         store.close()
 
@@ -309,9 +314,9 @@ def test_lookups_recover_although_connecting_takes_longer_than_their_deadline() 
             await asyncio.sleep(0.1)
             # Signing in, choosing the database and asking are three round trips of 100 ms.
             assert isinstance(await outcome(reader, IDS[:1], 280), StoreTimeout)
-            give_up_at_s = time.monotonic() + 5
+            give_up_at_s = run_s() + 5
             while await outcome(reader, IDS[:1], 280):
-                assert time.monotonic() < give_up_at_s
+                assert run_s() < give_up_at_s
 
     with running_server(password="s3cret") as server, proxied(server, delay_s=0.05) as proxy:
         asyncio.run(run(server, proxy))
@@ -349,8 +354,8 @@ def test_a_server_that_lost_its_data_says_so_and_serves_again_what_is_published_
         assert isinstance(await outcome(reader, IDS), StoreUnavailable)
         with running_server(port=port):
             error: StoreError | None = StoreUnavailable()
-            give_up_at_s = time.monotonic() + 1 + SLACK_S
-            while isinstance(error, StoreUnavailable) and time.monotonic() < give_up_at_s:
+            give_up_at_s = run_s() + 2
+            while isinstance(error, StoreUnavailable) and run_s() < give_up_at_s:
                 error = await outcome(reader, IDS, LONG_MS)
                 await asyncio.sleep(0.01)
             assert isinstance(error, StoreCorrupt)
@@ -467,10 +472,7 @@ def test_a_cancelled_lookup_does_not_leave_its_reply_to_the_next() -> None:
             server.thaw()
             with pytest.raises(asyncio.CancelledError):
                 await asked
-            got = await reader.lookup("items", ids[start : start + 50], deadline_ms=LONG_MS)
-            expected = (ids[start : start + 50] % np.uint64(1000)).astype(np.float32) + 0.6
-            assert got.present.all()
-            assert got.vectors[:, 0, 0] == pytest.approx(expected, rel=1e-5)
+            await assert_found(reader, ids[start : start + 50])
         await reader.close()
         store.close()
 
@@ -503,9 +505,9 @@ def test_a_replica_is_read_from_and_refuses_to_be_written_to(server: Server, pla
     ref = place.open().publish(window_of(IDS))
     with running_server("--replicaof", "127.0.0.1", str(server.port)) as replica:
         with replica.client() as client:
-            give_up_at_s = time.monotonic() + 20
+            give_up_at_s = run_s() + 20
             while client.info("replication")["master_link_status"] != "up":
-                assert time.monotonic() < give_up_at_s
+                assert run_s() < give_up_at_s
                 time.sleep(0.05)
         there = Place(replica.url, place.prefix)
         assert_right(look(there.open(), ref, "items", IDS), IDS)
