@@ -19,7 +19,7 @@ serve: .venv/train ## Serve the model of the demo on port 8000 until stopped
 	$(BIN)/ecdctr --workspace $(WORKSPACE) serve --port $(PORT)
 
 test: lint ## Lint, types and all tests (starts and stops the servers that it needs)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-load: .venv/dev ## Overload, memory and hostile requests at full length, for a quiet machine
 	$(BIN)/python -m pytest -s tests/load

@@ -60,6 +60,10 @@ TICK_S = 5.0
 """How often metrics that are not counted for each request are brought up to date."""
 KEEP_ALIVE_S = 80
 """Longer than the 60 to 75 s of usual load balancers, so that it is they who close."""
+WORKER_ANSWERS_WITHIN_S = 60
+"""A worker that says nothing for so long is replaced. It is silent while it starts too, for many
+seconds where its share of a processor is small: uvicorn's own limit of 5 s had such a one killed
+and begun again, for ever."""
 _SWAGGER_FILES = ("swagger-ui-bundle.js", "swagger-ui.css", "favicon-32x32.png")
 _PROBLEMS = {
     400: "The body is not JSON.",
@@ -301,4 +305,5 @@ def _config(settings: Settings, host: str, port: int, workers: int) -> uvicorn.C
         log_config=logs.config(settings.log_level, settings.log_format),
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=GRACE_S,
+        timeout_worker_healthcheck=WORKER_ANSWERS_WITHIN_S,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import signal
 import socket
@@ -10,7 +11,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,8 +20,11 @@ import redis
 
 START_TIMEOUT_S = 10.0
 CLUSTER_TIMEOUT_S = 30.0
+PORTS = (20_000, 32_000)
 NODE_TIMEOUT_MS = 1000
 """After this long without a sign of a master, the others of a cluster put its replica in."""
+
+_ports = random.SystemRandom()
 
 
 @dataclass(frozen=True)
@@ -85,9 +89,14 @@ def debian_redis() -> str:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """One that nothing listens at; not of those that a system gives to connections by itself, which
+    would take it before a server does. Chosen anew each time, so that two runs beside each other
+    hardly ever choose the same."""
+    while True:
+        port = _ports.randrange(*PORTS)
+        with suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 @contextmanager

@@ -119,7 +119,7 @@ def process(place: Place, workers: int) -> Iterator[tuple[subprocess.Popen[bytes
         **os.environ,
         "ECDCTR_REGISTRY": str(place.registry.root),
         "ECDCTR_STORE": place.store_url,
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
     }
     started = subprocess.Popen([sys.executable, "-c", code], env=environ, start_new_session=True)
     try:

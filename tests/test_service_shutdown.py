@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 
 import httpx
 import pytest
@@ -140,6 +141,20 @@ def test_while_it_drains_it_is_alive_not_ready_and_closes_connections_after_answ
         # Whoever can't wait says so a second time.
         server.send_signal(signal.SIGTERM)
         assert server.wait(timeout=10) == 0
+
+
+def test_workers_that_take_long_to_start_are_waited_for(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a small share of a processor."""
+    late = "import sys, time\nif '--multiprocessing-fork' in sys.orig_argv: time.sleep(7)\n"
+    (tmp_path / "sitecustomize.py").write_text(late)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with process(place, workers=2) as (server, url):
+        eventually(lambda: len(workers(server.pid)) == 2)
+        first = workers(server.pid)
+        eventually(lambda: is_ready(url))
+        assert workers(server.pid) == first
 
 
 def test_a_worker_that_is_killed_fails_only_what_it_had_begun_and_is_replaced(
