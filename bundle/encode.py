@@ -11,6 +11,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from types import NoneType
 from typing import Any
 
@@ -161,7 +162,7 @@ class Encoder:
         """Keys and rows of items. Those that are known are remembered, since a look-up in a
         dictionary takes a fifth of hashing an id; unknown ones are not, for they have no bound."""
         known = self._rows
-        rows = np.array([known.get(value, -1) for value in ids], np.int64)
+        rows = np.fromiter(map(known.get, ids, repeat(-1)), np.int64, len(ids))
         table = self.items.keys
         keys = table.take(rows, mode="clip") if len(table) else np.zeros(len(ids), np.uint64)
         new = np.flatnonzero(rows < 0)
@@ -195,19 +196,20 @@ class Encoder:
     ) -> None:
         """User or context: one value of each feature."""
 
-        def at(feature: Feature) -> _At:
-            return lambda _: f"{field}.{feature.name}"
-
         indices = [
-            self._index(feature, values.get(feature.name), at(feature))
-            for feature in columns.categorical
+            self._index(feature, values.get(feature.name), field) for feature in columns.categorical
         ]
         # The numbers of all features are encoded as one column.
         numbers = [values.get(feature.name) for feature in columns.numeric]
-        pairs = _pairs(columns.is_log, numbers, lambda place: at(columns.numeric[place])(0))
+        pairs = _pairs(
+            columns.is_log, numbers, lambda place: f"{field}.{columns.numeric[place].name}"
+        )
         inputs[f"{columns.entity}_cat"] = np.array([indices], np.int32)
         inputs[f"{columns.entity}_num"] = pairs.reshape(1, -1)
-        _count_missing(missing, columns, inputs, columns.entity)
+        present = *indices, *pairs[:, 1].tolist()
+        for feature, there in zip(columns.all, present, strict=True):
+            if not there:
+                missing[feature.name] = 1
 
     def _history(
         self,
@@ -309,7 +311,7 @@ class Encoder:
         ]
         inputs["given_cat"] = np.stack(columns, 1) if columns else np.zeros((num, 0), np.int32)
         inputs["given_num"] = self._given_numbers(request)
-        _count_missing(missing, self._given, inputs, "given")
+        _count_missing(missing, self._given, inputs["given_cat"], inputs["given_num"])
 
     def _given_numbers(self, request: Request) -> npt.NDArray[np.float32]:
         """float32 [N, 2 Gg]. All columns are encoded as one."""
@@ -357,10 +359,17 @@ class Encoder:
             if num and not feature.given:
                 missing[feature.name] = num
 
-    def _index(self, feature: Feature, value: Value, at: _At) -> int:
-        """Like `_indices`, of one value, for which numpy's calls would take ten times as long."""
+    def _index(self, feature: Feature, value: Value, field: str) -> int:
+        """Like `_indices`, of one value, for which numpy's calls would take ten times as long.
+        `field`: where it stands, but for its name."""
         if value is None:
             return 0
+        if feature.encoding == "vocabulary" and type(value) is str:
+            return self._known.get(feature.table, {}).get(value, 0)
+
+        def at(_: int) -> str:
+            return f"{field}.{feature.name}"
+
         if feature.encoding == "bucketise":
             (number,), _ = _numbers([value], at)
             return 1 + bisect_right(feature.boundaries, number)
@@ -377,7 +386,7 @@ class Encoder:
         texts = _texts(values, at)
         if feature.encoding == "vocabulary":
             known = self._known.get(feature.table, {})
-            return np.array([known.get(text, 0) for text in texts], np.int32)
+            return np.fromiter(map(known.get, texts, repeat(0)), np.int32, len(texts))
         keys = hash_ids(["" if text is None else text for text in texts])
         index = 1 + keys % np.uint64(feature.buckets - 1)
         return np.where([text is None for text in texts], 0, index).astype(np.int32)
@@ -394,9 +403,10 @@ class _Columns:
         self.entity = entity
         self.categorical = spec.of(entity, "categorical")
         self.numeric = spec.of(entity, "numeric")
+        self.all = self.categorical + self.numeric
         self.is_log = np.array([f.encoding == "log" for f in self.numeric], np.bool_)
         # What a request may name: ids and the history stand elsewhere in it.
-        self.names = {f.name for f in self.categorical + self.numeric} - {"user_id", "item_id"}
+        self.names = {f.name for f in self.all} - {"user_id", "item_id"}
 
 
 @dataclass(frozen=True)
@@ -527,11 +537,15 @@ def _padded(steps: npt.NDArray[np.generic], length: int) -> npt.NDArray[np.gener
 
 
 def _count_missing(
-    missing: dict[str, int], columns: _Columns | _Given, inputs: Arrays, prefix: str
+    missing: dict[str, int],
+    given: _Given,
+    categorical: npt.NDArray[np.generic],
+    numeric: npt.NDArray[np.generic],
 ) -> None:
-    """Notes in how many rows each of some features is absent."""
-    present = inputs[f"{prefix}_cat"] != 0, inputs[f"{prefix}_num"][:, 1::2] != 0
-    for features, there in zip((columns.categorical, columns.numeric), present, strict=True):
-        for feature, num in zip(features, there.sum(axis=0).tolist(), strict=True):
-            if num < len(there):
-                missing[feature.name] = len(there) - num
+    """Notes in how many of N rows each feature is absent: int32 [N, Fg], float32 [N, 2 Gg]."""
+    absent = (categorical == 0, numeric[:, 1::2] == 0)
+    for features, marks in zip((given.categorical, given.numeric), absent, strict=True):
+        if marks.any():
+            for feature, num in zip(features, marks.sum(axis=0).tolist(), strict=True):
+                if num:
+                    missing[feature.name] = num

@@ -12,6 +12,14 @@ def json_answer(document: object) -> Response:
     return Response(orjson.dumps(document), media_type="application/json")
 
 
+def header(scope: Scope, name: bytes) -> str | None:
+    """The value of a header, whose `name` is in lower case."""
+    for key, value in scope["headers"]:
+        if key == name:
+            return str(value, "latin-1")
+    return None
+
+
 def route_of(scope: Scope) -> str:
     """The template of the route that took a request, never its path; "unknown" before one did."""
     route: str = getattr(scope.get("route"), "path", "unknown")

@@ -32,6 +32,7 @@ from service.admission import Admission, TurnAway
 from service.audit import Audit
 from service.body import BodyLimit
 from service.control import Control, own_port
+from service.direct import Direct
 from service.endpoints import Endpoints
 from service.live import Live
 from service.logs import FollowRequests
@@ -134,7 +135,9 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
+    endpoints = Endpoints(settings, registry, live, metrics, admission, drain, audit)
     # The last one added is the outermost.
+    app.add_middleware(Direct, handlers=endpoints.direct())
     app.add_middleware(errors.AnswerFaults)
     app.add_middleware(
         BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
@@ -145,7 +148,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     app.add_middleware(FollowRequests)
     app.add_middleware(TurnAway, admission=admission, metrics=metrics)
     app.add_middleware(SayGoodbye, drain=drain)
-    _add_endpoints(app, Endpoints(settings, registry, live, metrics, admission, drain, audit))
+    _add_endpoints(app, endpoints)
     if has_control:
         control.install(app)
     _add_docs(app)
@@ -299,6 +302,7 @@ def _config(settings: Settings, host: str, port: int, workers: int) -> uvicorn.C
         loop="uvloop",
         http="httptools",
         ws="none",
+        proxy_headers=False,
         lifespan="on",
         access_log=False,
         server_header=False,

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import asyncio
 
-from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from service.answers import header
 from service.errors import (
     BodyTooLargeError,
     SlowBodyError,
@@ -26,7 +26,7 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        announced = Headers(scope=scope).get("content-length", "0")
+        announced = header(scope, b"content-length") or "0"
         if announced.isdecimal() and int(announced) > self._max_bytes:
             await problem(self._too_large())(scope, receive, send)
             return
@@ -55,18 +55,21 @@ class BodyLimit:
         return BodyTooLargeError(f"the body must be at most {self._max_bytes} bytes")
 
 
-def check_json(content_type: str | None, encoding: str | None = None) -> None:
+def check_json(scope: Scope) -> None:
     """A body without a media type is taken to be JSON. A compressed one is not read: a few bytes
     could become more than any limit.
 
     Raises:
         UnsupportedMediaTypeError: it is declared as something else, or as compressed.
     """
+    encoding = header(scope, b"content-encoding")
     if encoding and encoding.strip().lower() != "identity":
         raise UnsupportedMediaTypeError(
             f"content-encoding is {encoding!r:.100}, must be identity or absent"
         )
-    media_type = (content_type or "application/json").partition(";")[0].strip().lower()
+    media_type = (
+        (header(scope, b"content-type") or "application/json").partition(";")[0].strip().lower()
+    )
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(
             f"content-type is {media_type!r:.100}, must be application/json"

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from bundle.artifact import Artifact
-from bundle.reference import EDGES, Counts, histogram, read_histogram
+from bundle.reference import EDGES, Counts, read_histogram
 from service.recent import Recent
-from service.scorer import Scored
+from service.tally import Tally
 
 WINDOW_S = 600.0
 SLICE_S = 10.0
@@ -37,8 +37,6 @@ class Drift:
         self._recent = recent
         self._artifact: Artifact | None = None
         self._reference: Counts | None = None
-        self._new = np.zeros(len(EDGES), np.int64)
-        self._new_sum = 0.0
 
     def follow(self, artifact: Artifact) -> None:
         """From now on `artifact` is the live bundle."""
@@ -46,22 +44,13 @@ class Drift:
             self._artifact = artifact
             self._reference = read_histogram(artifact.folder)
 
-    def scored(self, scored: Scored) -> None:
-        """Counts one request; on the way of its answer, so it has to be quick."""
-        counts = histogram(scored.scores)
-        self._new += counts
-        self._new_sum += float(scored.scores.sum())
-        recent, model = self._recent, scored.model
-        recent.add(f"scores {model}", counts)
-        recent.add(f"requests {model}", 1)
-        for feature, num in scored.missing.items():
+    def add(self, model: str, tally: Tally) -> None:
+        """Counts what requests to a model came to."""
+        recent = self._recent
+        recent.add(f"scores {model}", tally.scores)
+        recent.add(f"requests {model}", len(tally.seconds))
+        for feature, num in tally.missing.items():
             recent.add(f"missing {model} {feature}", num)
-
-    def take_counts(self) -> tuple[Counts, float]:
-        """Scores by bin (int64 [len(EDGES)]) and their sum, since the last time."""
-        taken = self._new, self._new_sum
-        self._new, self._new_sum = np.zeros(len(EDGES), np.int64), 0.0
-        return taken
 
     def summary(self) -> Summary:
         """How the live bundle does, over all processes that share the window."""

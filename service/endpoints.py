@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
 import orjson
@@ -13,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bundle.registry import Registry
-from service.admission import Admission, Admitted
+from service.admission import PATHS, Admission, Admitted
 from service.answers import json_answer
 from service.audit import Audit
 from service.body import check_json
 from service.decode import decode, decode_events
+from service.direct import Handler
 from service.errors import ImpossibleScoreError, NotReadyError
 from service.live import Live
 from service.logs import facts, trail
@@ -42,17 +44,21 @@ class Endpoints:
     drain: Drain
     audit: Audit | None = None
 
+    def direct(self) -> Mapping[str, Handler]:
+        """By path, those that are POSTed to for each page."""
+        return dict(zip(PATHS, (self.score, self.feedback), strict=True))
+
     async def score(self, request: Request) -> Response:
         """Click probabilities of N candidates for one user, in the order of the candidates."""
         with self.metrics.in_progress.track_inprogress():
-            check_json(request.headers.get("content-type"), request.headers.get("content-encoding"))
+            check_json(request.scope)
             body = await request.body()
             async with self.admission.turn(request, body) as admitted:
                 return await self._score(body, admitted)
 
     async def feedback(self, request: Request) -> Response:
         """Takes events, each with its score and its model, and says how many were counted."""
-        check_json(request.headers.get("content-type"), request.headers.get("content-encoding"))
+        check_json(request.scope)
         body = await request.body()
         async with self.admission.turn(request, body):
             outcomes = self.metrics.feedback.take(decode_events(body))
@@ -73,7 +79,7 @@ class Endpoints:
         with stages.timed("serialise"):
             content = _content(scored, asked.request_id)
         stages.seconds["total"] = time.perf_counter() - started_s
-        self.metrics.scored(scored, stages.seconds.items())
+        self.metrics.scored(scored, stages.seconds)
         own.facts = {"model": scored.model, "candidates": len(scored.scores)}
         if stages.seconds["total"] * 1000 > self.settings.slow_ms:
             self._note_slow(asked, scored, stages)

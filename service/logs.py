@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import logging
+import random
 import re
 import time
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from secrets import token_hex
 from typing import Any
 from urllib.parse import quote
 
 import orjson
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-HEADER = "x-request-id"
+from service.answers import header
+
+HEADER = b"x-request-id"
 BURST = 20
 """Lines of one kind within `BURST_S` seconds; more are left out and counted."""
 BURST_S = 10.0
@@ -57,12 +58,13 @@ class FollowRequests:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        own = Trail(Headers(scope=scope).get(HEADER, "")[:_MAX_LENGTH] or token_hex(8))
+        own = Trail((header(scope, HEADER) or "")[:_MAX_LENGTH] or f"{random.getrandbits(64):016x}")
 
         async def naming(message: Message) -> None:
             if message["type"] == "http.response.start":
                 # Bodies may name a request in any letters, headers may not.
-                MutableHeaders(scope=message)[HEADER] = quote(own.request_id, safe="!#$&+-.:=@_~")
+                named = quote(own.request_id, safe="!#$&+-.:=@_~").encode()
+                message = {**message, "headers": [*message["headers"], (HEADER, named)]}
             await send(message)
 
         token = _trail.set(own)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 
 from prometheus_client import (
@@ -29,6 +31,7 @@ from service.drift import Drift
 from service.feedback import Feedback, Outcome
 from service.recent import Recent
 from service.scorer import Scored
+from service.tally import Tally, observe_all
 from service.windowed import Windowed
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
@@ -37,6 +40,8 @@ _SECONDS = (
     *(0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005),
     *(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0),
 )
+MOST_WAITING = 256
+"""Requests whose numbers are handed on together: a pause of less than a millisecond."""
 _CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -190,22 +195,17 @@ class Metrics:
         )
         self.drift = Drift(self._recent[0])
         self.feedback = Feedback(self._recent[1], shared)
+        self._tallies: defaultdict[str, Tally] = defaultdict(Tally)
         self._windowed = Windowed(self.drift, self.feedback)
         registry.register(self._windowed)
 
-    def scored(self, scored: Scored, seconds: Iterable[tuple[str, float]]) -> None:
-        """Counts one scoring request that was answered with scores."""
-        for stage, value in seconds:
-            self._stages[stage].observe(value)
-        self._candidates.observe(len(scored.scores))
-        self._scored.labels(scored.model).inc()
-        for what, reason in scored.degraded.items():
-            self._degraded.labels(what, reason).inc()
-        for feature, num in scored.missing.items():
-            self._missing.labels(feature).inc(num)
-        if scored.num_invalid:
-            self._invalid.inc(scored.num_invalid)
-        self.drift.scored(scored)
+    def scored(self, scored: Scored, seconds: Mapping[str, float]) -> None:
+        """Counts one scoring request that was answered with scores; to be seen from the next `tick`
+        on, or after `MOST_WAITING` requests."""
+        tally = self._tallies[scored.model]
+        tally.add(scored, seconds)
+        if len(tally.seconds) >= MOST_WAITING:
+            self._hand_on()
 
     def reported(self, outcomes: Mapping[Outcome, int]) -> None:
         """Counts events of feedback."""
@@ -247,10 +247,7 @@ class Metrics:
             self.drift.follow(artifact)
             self._created.set(_timestamp_s(artifact.manifest.created))
             self._asof.set(_timestamp_s(artifact.manifest.asof))
-        counts, total = self.drift.take_counts()
-        for counter, num in zip(self._scores, counts.tolist(), strict=True):
-            counter.inc(num)
-        self._predicted.inc(total)
+        self._hand_on()
         for recent in self._recent:
             recent.tick()
 
@@ -281,10 +278,30 @@ class Metrics:
 
     def close(self, pid: int) -> None:
         """The process `pid` ends: what it served live is no longer live."""
+        self._hand_on()
         for recent in self._recent:
             recent.close()
         if self._shared is not None:
             mark_process_dead(pid, path=str(self._shared))  # type: ignore[no-untyped-call]
+
+    def _hand_on(self) -> None:
+        """What requests have added since the last time."""
+        tallies = dict(self._tallies)
+        self._tallies.clear()
+        for model, tally in tallies.items():
+            for stage, histogram in self._stages.items():
+                observe_all(histogram, [s[stage] for s in tally.seconds if stage in s])
+            observe_all(self._candidates, tally.num_candidates)
+            for counter, num in zip(self._scores, tally.scores.tolist(), strict=True):
+                counter.inc(num)
+            self._predicted.inc(tally.sum_scores)
+            self._scored.labels(model).inc(len(tally.seconds))
+            for feature, num in tally.missing.items():
+                self._missing.labels(feature).inc(num)
+            for (what, reason), num in tally.degraded.items():
+                self._degraded.labels(what, reason).inc(num)
+            self._invalid.inc(tally.num_invalid)
+            self.drift.add(model, tally)
 
 
 def _is_alive(pid: int) -> bool:
@@ -309,7 +326,8 @@ class CountAnswers:
     """ASGI middleware that counts every answer by route template, never by path."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
-        self._app, self._metrics = app, metrics
+        self._app = app
+        self._counter = cache(metrics.requests.labels)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -320,4 +338,4 @@ class CountAnswers:
             await self._app(scope, receive, watched)
         finally:
             # An exception becomes a 500 further out.
-            self._metrics.requests.labels(route_of(scope), watched.status or 500).inc()
+            self._counter(route_of(scope), watched.status or 500).inc()

@@ -26,11 +26,17 @@ from bundles import (
     settings_of,
 )
 from conftest import Exported
+from hypothesis import given
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from bundle.reference import EDGES, histogram, read_histogram, write_reference
 from service.drift import MIN_SCORES, stability_index
+from service.metrics import MOST_WAITING, Metrics
 from service.recent import Recent
+from service.scorer import Scored
+from service.tally import observe_all
 
 ROOT = Path(__file__).parent.parent
 
@@ -232,3 +238,48 @@ def test_processes_see_each_others_counts_while_they_live(
         assert change is not None
         change(path)
     assert recent.total()["a"] == wanted
+
+
+@given(st.lists(st.floats(0, 2) | st.sampled_from([0.1, 0.25, 1.0])))
+def test_observing_many_values_at_once_is_the_same_as_one_after_the_other(
+    values: list[float],
+) -> None:
+    def rendered(observe: Callable[[Histogram], None]) -> list[float]:
+        registry = CollectorRegistry()
+        observe(Histogram("x", "x", buckets=(0.1, 0.25, 1.0), registry=registry))
+        text = generate_latest(registry).decode()
+        lines = [line for line in text.splitlines() if "#" not in line and "created" not in line]
+        return [float(line.split()[-1]) for line in lines]
+
+    def each(histogram: Histogram) -> None:
+        for value in values:
+            histogram.observe(value)
+
+    expected = pytest.approx(rendered(each))
+    assert rendered(lambda histogram: observe_all(histogram, values)) == expected
+
+
+def test_what_requests_add_is_handed_on_before_the_next_tick_where_it_is_much() -> None:
+    metrics, model = Metrics(CollectorRegistry()), "m"
+    scored = Scored(model, np.array([0.5, 0.25], np.float32), {"user_window": "busy"}, {"age": 1})
+
+    def count() -> float:
+        line = next(
+            line
+            for line in metrics.render().decode().splitlines()
+            if line.startswith(f'ecdctr_scored_requests_total{{model="{model}"}}')
+        )
+        return float(line.split()[-1])
+
+    for _ in range(MOST_WAITING):
+        metrics.scored(scored, {"total": 0.001})
+    assert count() == MOST_WAITING
+    metrics.scored(scored, {"total": 0.001})
+    assert count() == MOST_WAITING
+    metrics.tick(None)
+    assert count() == MOST_WAITING + 1
+    text = metrics.render().decode()
+    assert f'ecdctr_missing_total{{feature="age"}} {MOST_WAITING + 1}.0' in text
+    assert f'ecdctr_stage_seconds_count{{stage="total"}} {MOST_WAITING + 1}.0' in text
+    assert f'ecdctr_degraded_total{{reason="busy",what="user_window"}} {MOST_WAITING + 1}.0' in text
+    assert f"ecdctr_predicted_clicks_total {0.75 * (MOST_WAITING + 1)}" in text
