@@ -254,8 +254,8 @@ def _add_latencies(found: Figures, rounds: Sequence[Round]) -> None:
 
 
 @contextmanager
-def _on_core(core: int) -> Iterator[None]:
-    """This process, and what it starts."""
+def on_core(core: int) -> Iterator[None]:
+    """This process, and what it starts, in the block."""
     before = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {core})
     try:
@@ -275,7 +275,7 @@ def run(
     """Serves the A-CTR of a day from each server in turn, and leaves out/serving.json."""
     cores = sorted(os.sched_getaffinity(0))
     folder = out / "serving"
-    with _on_core(cores[-1]), running_redis() as store:
+    with on_core(cores[-1]), running_redis() as store:
         bodies = dict.fromkeys(size.candidates, size.bodies)
         served = make(source, asof, recipe, folder, store, bodies)
         found = figures(measure(served, size, others, cores[0]), size)

@@ -88,7 +88,7 @@ def _by_row(body: Body) -> Body:
 @contextmanager
 def running(system: System, served: Served, core: int) -> Iterator[int]:
     """The port of the server once it answers; it and all that it started end with the block."""
-    port = _free_port()
+    port = free_port()
     log = served.folder / f"{system.name.replace(' ', '-')}.log"
     with log.open("w") as output:
         process = subprocess.Popen(
@@ -179,7 +179,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
     process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

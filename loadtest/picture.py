@@ -15,18 +15,23 @@ from loadtest.report import PhaseReport, Report, Second
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
 
 
-def draw(report: Report, path: Path) -> None:
-    """Writes the picture, PNG or SVG by the end of its name, to a temporary name and renames."""
-    figure = Figure(figsize=(11, 8), layout="constrained")
-    rate, latency, models = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
+def draw(report: Report, path: Path, memory: Sequence[tuple[float, int]] = ()) -> None:
+    """Writes the picture, PNG or SVG by the end of its name, to a temporary name and renames.
+    memory: seconds since the start and bytes of the service, where they were watched."""
+    figure = Figure(figsize=(11, 10 if memory else 8), layout="constrained")
+    heights = [3, 3, 2, 2][: 4 if memory else 3]
+    axes = figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+    rate, latency, models = axes[:3]
     starts = _starts(report.phases)
     _rates(rate, report.phases, starts)
     _latencies(latency, report, starts)
     _models(models, report.phases, starts)
-    for axis in (rate, latency, models):
+    if memory:
+        _memory(axes[3], memory)
+    for axis in axes:
         _shade(axis, report.phases, starts)
     _names(rate, report.phases, starts)
-    models.set_xlabel(f"seconds of load; {report.target}, {report.started}")
+    axes[-1].set_xlabel(f"seconds of load; {report.target}, {report.started}")
     draft = path.with_name(f".{os.getpid()}.{path.name}")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(draft, dpi=110)
@@ -87,6 +92,13 @@ def _models(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) 
     axis.set_ylabel("share of ok, by model")
     if seconds:
         axis.legend(loc="upper left", fontsize=8)
+
+
+def _memory(axis: Axes, memory: Sequence[tuple[float, int]]) -> None:
+    axis.plot([at_s for at_s, _ in memory], [size / 1e6 for _, size in memory], color="#222222")
+    axis.set_ylim(bottom=0)
+    axis.set_ylabel("MB resident")
+    axis.grid(alpha=0.3)
 
 
 def _shade(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:

@@ -1,0 +1,223 @@
+"""An hour at half load: a model swapped each minute, the store frozen every ten.
+
+One service with its usual settings and one Redis, real requests at Poisson arrivals. Nothing may
+fail, and the memory of the service may not grow: leaves figures and a picture of all of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import date
+from functools import partial
+from pathlib import Path
+
+import redis
+
+from benchmarks.figures import Figures
+from benchmarks.serving import newest_asof, on_core
+from benchmarks.serving_model import beside, make
+from benchmarks.serving_peers import ROOT, ask, free_port
+from loadtest import loop
+from loadtest.address import SCORE_PATH
+from loadtest.bodies import Body, Request, encode
+from loadtest.client import Target
+from loadtest.disturbance import Freeze, Swap
+from loadtest.picture import draw
+from loadtest.progress import watch
+from loadtest.report import Limits, PhaseReport, Report, table
+from loadtest.run import Phase, Runner
+from training.demo import running_redis
+from training.export import export_actr
+from training.recipes import Recipe, complete_journey
+from training.workspace import Workspace, WorkspaceError
+
+CANDIDATES = 200
+BODIES = 40
+CYCLE_S = 600.0
+"""Of swaps, at whose end the store is frozen."""
+FROZEN_S = 30.0
+"""Length of the phase in which it is."""
+SWAP_EVERY_S = 60.0
+SAMPLE_S = 1.0
+START_TIMEOUT_S = 60.0
+
+
+class Memory:
+    """Samples what a process has resident, from the beginning of the block to its end."""
+
+    def __init__(self, pid: int) -> None:
+        self.samples: list[tuple[float, int]] = []
+        """Seconds since the beginning, and bytes."""
+        self._pid, self._over = pid, threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def most(self, from_s: float, to_s: float) -> int:
+        """Bytes."""
+        return max(size for at_s, size in self.samples if from_s <= at_s <= to_s)
+
+    def _sample(self) -> None:
+        started_s, page = time.monotonic(), os.sysconf("SC_PAGE_SIZE")
+        while not self._over.wait(SAMPLE_S):
+            pages = int(Path(f"/proc/{self._pid}/statm").read_text().split()[1])
+            self.samples.append((time.monotonic() - started_s, pages * page))
+
+
+def phases(
+    rate: float, seconds: float, promote: Sequence[Callable[[], object]], store_pid: int
+) -> list[Phase]:
+    """`seconds` of load in cycles of `CYCLE_S`, or in one that is shorter."""
+    num = max(1, round(seconds / CYCLE_S))
+    frozen_s = min(FROZEN_S, seconds / num / 3)
+    swaps_s = seconds / num - frozen_s
+    swap = Swap(promote, min(SWAP_EVERY_S, swaps_s / 4))
+    freeze = Freeze(store_pid, frozen_s / 6, frozen_s / 6)
+    cycle = [
+        Phase("swaps", swaps_s, rate, disturbance=swap),
+        Phase("frozen", frozen_s, rate, disturbance=freeze),
+    ]
+    return cycle * num
+
+
+def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float) -> Figures:
+    """Leaves out/soak.json with the figures, out/soak-report.json and out/soak.png."""
+    cores = sorted(os.sched_getaffinity(0))
+    with on_core(cores[-1]), running_redis() as store:
+        served = make(source, asof, recipe, out / "soak", store, {CANDIDATES: BODIES})
+        bodies, registry = served.bodies[CANDIDATES], served.workspace.registry
+        current = registry.current()
+        assert current is not None
+        ids = [_second(source, asof, recipe, out / "soak", served.workspace), current.current]
+        promote = [partial(registry.promote, bundle_id) for bundle_id in ids]
+        port, server = free_port(), redis.Redis.from_url(store)
+        store_pid = int(server.info("server")["process_id"])
+        server.close()
+        with serving(served.workspace, store, port, cores[0], out / "soak.log") as pid:
+            _await(port, bodies[0])
+            requests = encode(bodies, "127.0.0.1", SCORE_PATH)
+            rate = _half_of_the_maximum(port, requests)
+            runner = Runner(Target("127.0.0.1", port), requests, watch=watch)
+            with Memory(pid) as memory:
+                loop.run(runner.run(phases(rate, seconds, promote, store_pid)))
+    limits = Limits(max_failures=0)
+    url, what = f"http://127.0.0.1:{port}", f"{BODIES} pages of {source.root.name}"
+    report = Report("make soak", url, 0, what, [CANDIDATES], runner.reports, limits)
+    print(table(report.phases))
+    report.write(out / "soak-report.json")
+    draw(report, out / "soak.png", memory.samples)
+    found = figures(report.phases, memory, rate)
+    found.write(out / "soak.json")
+    return found
+
+
+def figures(reports: Sequence[PhaseReport], memory: Memory, rate: float) -> Figures:
+    """What it comes to."""
+    found = Figures()
+    found.add("length", sum(report.seconds for report in reports), "s")
+    found.add("rate, half of the maximum", rate, "1/s")
+    found.add("requests", sum(report.due for report in reports), "")
+    failed = sum(report.num_failed + report.unfinished for report in reports)
+    found.add("requests that failed", failed, "", at_most=0)
+    events = [event for report in reports for event in report.events]
+    found.add("swaps and freezes", len(events), "")
+    found.add("swaps and freezes that failed", sum(not e.ok for e in events), "", at_most=0)
+    found.add("answers without a window, meant for freezes", sum(r.degraded for r in reports), "")
+    for name in ("swaps", "frozen"):
+        p99 = [r.latency_ms.p99 for r in reports if r.plan.name == name and r.latency_ms.p99]
+        found.add(f"p99, the worst phase of {name}", max(p99, default=float("nan")), "ms")
+    settled_s = reports[0].seconds
+    settled, most = memory.most(0, settled_s), memory.most(settled_s, float("inf"))
+    found.add("memory, the most in the first phase", settled / 1e6, "MB")
+    found.add("growth of memory after it", most / settled - 1, "", at_most=0.1)
+    return found
+
+
+def _second(source: Workspace, asof: date, recipe: Recipe, out: Path, into: Workspace) -> str:
+    """Another bundle of the same windows, in the registry: the A-CTR that began without CPM."""
+    other = beside(source, out / "second")
+    models = other.root / "models"
+    models.unlink()
+    models.mkdir()
+    for folder in (source.root / "models").resolve().iterdir():
+        (models / folder.name).symlink_to(folder)
+    own = models / f"actr-{asof}"
+    own.unlink()
+    own.symlink_to((source.root / "models" / f"actr-{asof}-without-cpm").resolve())
+    bundle_id = export_actr(other, asof, recipe)
+    with into.registry.draft() as draft:
+        shutil.copytree(other.registry.path(bundle_id), draft, dirs_exist_ok=True)
+        return into.registry.publish(draft)
+
+
+def _half_of_the_maximum(port: int, requests: Sequence[Request]) -> float:
+    runner = Runner(Target("127.0.0.1", port), requests)
+    found = [loop.run(runner.run_phase(Phase("closed", 2.0, clients=n))) for n in (1, 2, 8)]
+    return 0.5 * max(report.ok_per_s for report in found)
+
+
+@contextmanager
+def serving(workspace: Workspace, store: str, port: int, core: int, log: Path) -> Iterator[int]:
+    """The process of a service with its usual settings, on one core."""
+    command = [sys.executable, "-m", "ecdctr", "--workspace", str(workspace.root), "serve"]
+    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--store", store]
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=output,
+            stderr=output,
+            preexec_fn=partial(os.sched_setaffinity, 0, {core}),
+        )
+    try:
+        yield process.pid
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def _await(port: int, body: Body) -> None:
+    give_up_at_s = time.monotonic() + START_TIMEOUT_S
+    while True:
+        try:
+            ask(port, json.dumps(body).encode())
+            return
+        except (OSError, ValueError):
+            if time.monotonic() > give_up_at_s:
+                raise
+            time.sleep(0.1)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="An hour at half load.")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="(default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder")
+    parser.add_argument(
+        "--bundle-from", type=Path, default=Path("build/workspace"), help="workspace"
+    )
+    options = parser.parse_args(arguments)
+    workspace = Workspace(options.bundle_from)
+    try:
+        asof = newest_asof(workspace)
+    except WorkspaceError as error:
+        sys.exit(f"benchmarks.soak: {error}")
+    print(run(workspace, asof, complete_journey(), options.out.resolve(), options.seconds))
+
+
+if __name__ == "__main__":
+    main()

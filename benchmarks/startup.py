@@ -1,0 +1,167 @@
+"""How soon a bundle of gigabytes serves, and whether workers share its pages.
+
+The bundle is the one that `make demo` promoted, with items added until it is as large as wanted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from benchmarks.figures import Figures
+from benchmarks.serving_peers import ROOT, ask, free_port
+from bundle.artifact import Artifact, open_artifact
+from bundle.golden import body_of
+from bundle.items import ItemTable
+from bundle.manifest import ITEMS, PARTS, seal
+from bundle.registry import Registry
+from loadtest.bodies import Body, resized
+
+TIMEOUT_S = 120.0
+NUM_STARTS = 5
+CHUNK = 100_000
+"""Rows that are written at a time."""
+
+
+def enlarge(source: Artifact, registry: Registry, num_bytes: int) -> str:
+    """A bundle in `registry` like `source`, with added items of whom nobody has heard."""
+    row_bytes = sum(a[0].nbytes for a in (source.parts, source.encoder.items.categorical))
+    with registry.draft() as draft:
+        shutil.copytree(source.folder, draft, dirs_exist_ok=True)
+        _add_items(source, draft, num_bytes // row_bytes)
+        seal(draft, source.manifest)
+        bundle_id = registry.publish(draft)
+    registry.promote(bundle_id)
+    return bundle_id
+
+
+def _add_items(source: Artifact, draft: Path, num: int) -> None:
+    random, items = np.random.default_rng(0), source.encoder.items
+    num_old = len(items.keys)
+    new = np.setdiff1d(random.integers(1, 1 << 63, num, np.uint64), items.keys)
+    rows = np.concatenate([np.arange(num_old), random.integers(0, num_old, len(new))])
+    keys = np.concatenate([items.keys, new])
+    ItemTable.build(keys, items.categorical[rows], items.numeric[rows]).write(draft / ITEMS)
+    rows = np.append(rows[np.argsort(keys)], num_old)  # the last one is the missing item's
+    path, shape = draft / PARTS, (len(rows), source.parts.shape[1])
+    path.unlink()
+    parts: npt.NDArray[np.float32] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    for start in range(0, len(rows), CHUNK):
+        parts[start : start + CHUNK] = source.parts[rows[start : start + CHUNK]]
+    parts.flush()
+
+
+@contextmanager
+def started(workspace: Path, workers: int, body: Body) -> Iterator[tuple[float, int, int]]:
+    """Seconds from the start of the process to its first scores; its port and its id."""
+    port = free_port()
+    command = [sys.executable, "-m", "ecdctr", "--workspace", str(workspace), "serve"]
+    command += ["--port", str(port), "--workers", str(workers)]
+    start_s = time.monotonic()
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
+    try:
+        content = orjson.dumps(body)
+        while True:
+            try:
+                ask(port, content)
+                break
+            except (OSError, ValueError):
+                if process.poll() is not None or time.monotonic() > start_s + TIMEOUT_S:
+                    raise
+                time.sleep(0.005)
+        yield time.monotonic() - start_s, port, process.pid
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def mapped(pid: int, path: Path) -> tuple[int, int]:
+    """Bytes of a file that a process has mapped and in memory; and its share of them, where pages
+    that n processes have count 1/n (Rss and Pss of smaps)."""
+    resident = share = 0
+    lines = iter(Path(f"/proc/{pid}/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            facts = dict(next(lines).split(":") for _ in range(5))
+            resident += int(facts["Rss"].split()[0]) * 1024
+            share += int(facts["Pss"].split()[0]) * 1024
+    return resident, share
+
+
+def children(pid: int) -> list[int]:
+    """Of a server, those that serve."""
+    ids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [int(i) for i in ids if b"spawn_main" in Path(f"/proc/{i}/cmdline").read_bytes()]
+
+
+def measure(source: Path, workspace: Path, num_bytes: int) -> Figures:
+    """Makes the bundle in a workspace of its own, and starts services on it."""
+    found = Figures()
+    own = Registry(workspace / "registry")
+    given = Registry(source / "registry")
+    current = given.current()
+    if current is None:
+        raise SystemExit(f"benchmarks.startup: no bundle in {source}; make demo makes one")
+    artifact = open_artifact(given.path(current.current))
+    shutil.rmtree(workspace, ignore_errors=True)
+    workspace.mkdir(parents=True)
+    (workspace / "store").symlink_to((source / "store").resolve())
+    folder = own.path(enlarge(artifact, own, num_bytes))
+    size = sum(path.stat().st_size for path in folder.rglob("*"))
+    found.add("size of the bundle", size / 1e9, "GB")
+    body = body_of(artifact.golden[0].request)
+    for workers in (1, 2):
+        times = []
+        for _ in range(NUM_STARTS):
+            with started(workspace, workers, body) as (seconds, _, _):
+                times.append(seconds)
+        goal = 2.0 if workers == 1 else None
+        text = f"from the start of the process to scores, {workers} worker(s)"
+        found.add(text, float(np.median(times)), "s", at_most=goal)
+    with started(workspace, 2, resized(body, 3)) as (_, port, pid):
+        _touch(port, body, [str(i) for i in range(100_000)])
+        while len(children(pid)) < 2:
+            time.sleep(0.1)
+        sizes = [mapped(child, folder / PARTS) for child in children(pid)]
+    found.add("pages of the parts in two workers", sum(s for s, _ in sizes) / 1e6, "MB")
+    found.add("memory that they take", sum(s for _, s in sizes) / 1e6, "MB")
+    return found
+
+
+def _touch(port: int, body: Body, ids: Sequence[str]) -> None:
+    """Asks for many items, on new connections, so that all workers have them."""
+    for start in range(0, len(ids), 1000):
+        some = {"id": list(ids[start : start + 1000]), "features": {}}
+        for _ in range(2):
+            ask(port, orjson.dumps({**body, "candidates": some}))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="The start of a service on a large bundle.")
+    parser.add_argument("--gb", type=float, default=2.0, help="of the bundle (%(default)s)")
+    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder")
+    parser.add_argument(
+        "--bundle-from", type=Path, default=Path("build/workspace"), help="workspace"
+    )
+    options = parser.parse_args(arguments)
+    workspace = options.out.resolve() / "startup"
+    found = measure(options.bundle_from.resolve(), workspace, int(options.gb * 1e9))
+    shutil.rmtree(workspace)
+    found.write(options.out / "startup.json")
+    print(found)
+
+
+if __name__ == "__main__":
+    main()
