@@ -22,6 +22,7 @@ from commands import Run
 from test_service_app import samples
 
 from bundle.registry import RegistryError
+from service.routing import is_chosen
 
 USERS = [f"user-{number}" for number in range(200)]
 REQUESTS = "ecdctr_shadow_requests_total"
@@ -56,12 +57,14 @@ def test_a_share_of_the_users_is_scored_again_and_all_are_answered_by_the_live_b
     live, shadow = add_live_bundle(place), add_bundle(place, bias=1.0)
     with serving(settings_of(place)) as client:
         before = ask_all(client)
-        place.registry.start("shadow", shadow, 0.3)
+        beside = place.registry.start("shadow", shadow, 0.3).shadow
+        assert beside is not None
+        again = sum(is_chosen(user, beside.salt, 0.3) for user in USERS)
+        assert 30 <= again <= 90
         eventually(lambda: has_shadow(client, shadow))
         assert ask_all(client) == before
-        eventually(lambda: 30 <= num(client, "scored") <= 90)
+        eventually(lambda: num(client, "scored") == again)
         found = samples(client)
-        again = num(client, "scored")
         assert found[f"ecdctr_scored_requests_total{{model={live}}}"] == 2 * len(USERS)
         assert f"ecdctr_scored_requests_total{{model={shadow}}}" not in found
         # The same but for a logit that is higher by 1 for all.
