@@ -254,13 +254,14 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from bundle.registry import Registry
+    from bundle.registry import ROLES, Registry
 
     registry = Registry(_registry(options))
-    if options.canary_share:
-        current = registry.start_canary(options.id, options.canary_share)
-        print(f"current: {current.current}, canary: {current.canary}")
-        return
+    for role in ROLES:
+        if (share := getattr(options, f"{role}_share")) is not None:
+            current = registry.start(role, options.id, share)
+            print(f"current: {current.current}, {role}: {current.beside(role)}")
+            return
     current = registry.promote(options.id)
     print(f"current: {current.current}, previous: {current.previous or 'none'}")
 
@@ -282,10 +283,11 @@ def _rollback(options: argparse.Namespace) -> None:
     print(f"current: {current.current}, previous: {current.previous or 'none'}")
 
 
-def _stop_canary(options: argparse.Namespace) -> None:
+def _stop(options: argparse.Namespace) -> None:
     from bundle.registry import Registry
 
-    print(f"current: {Registry(_registry(options)).stop_canary().current}, canary: none")
+    current = Registry(_registry(options)).stop(options.role)
+    print(f"current: {current.current}, {options.role}: none")
 
 
 def _serve(options: argparse.Namespace) -> None:
@@ -556,11 +558,20 @@ def _add_serving(verbs: _Verbs) -> None:
     verb = _verb(verbs, "promote", "make a bundle the current one", _promote)
     verb.add_argument("id", help="the bundle's id, as 'export' printed it")
     _registry_option(verb)
-    verb.add_argument(
+    beside = verb.add_mutually_exclusive_group()
+    beside.add_argument(
         "--canary-share", type=float, help="only for that share of users, beside the current one"
     )
-    verb = _verb(verbs, "stop-canary", "give all users back to the current bundle", _stop_canary)
-    _registry_option(verb)
+    beside.add_argument(
+        "--shadow-share", type=float, help="only to score again what that share was answered"
+    )
+    for role, text in (
+        ("canary", "give all users back to the current bundle"),
+        ("shadow", "score nothing a second time"),
+    ):
+        verb = _verb(verbs, f"stop-{role}", text, _stop)
+        verb.set_defaults(role=role)
+        _registry_option(verb)
     verb = _verb(verbs, "rollback", "make the previous bundle the current one", _rollback)
     _registry_option(verb)
     verb = _verb(verbs, "serve", "answer scoring requests over HTTP", _serve)

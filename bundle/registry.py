@@ -9,10 +9,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from bundle.manifest import BundleError, Manifest, read_manifest, refusals, verify
 
@@ -23,14 +23,19 @@ class RegistryError(ValueError):
     """The registry can't do what was asked; the message says what would be right."""
 
 
+Role = Literal["canary", "shadow"]
+"""A canary answers its share of the users; a shadow scores again what its share was answered."""
+ROLES: tuple[Role, ...] = get_args(Role)
+
+
 @dataclass(frozen=True)
-class Canary:
-    """A bundle that scores a share of the users, 0 .. 1, beside the current one."""
+class Beside:
+    """A bundle beside the current one, for a share of the users, 0 .. 1."""
 
     id: str
     share: float
     salt: str
-    """Which users these are; of its own for each canary, and kept when its share changes."""
+    """Which users these are; of its own for each bundle, and kept when its share changes."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,12 @@ class Current:
     previous: str | None
     changed_at: str
     """UTC, ISO 8601."""
-    canary: Canary | None = None
+    canary: Beside | None = None
+    shadow: Beside | None = None
+
+    def beside(self, role: Role) -> Beside | None:
+        """The bundle in that role."""
+        return self.canary if role == "canary" else self.shadow
 
 
 class Registry:
@@ -71,8 +81,8 @@ class Registry:
         return read_manifest(self.path(bundle_id))
 
     def servable(self) -> list[Manifest]:
-        """Bundles that are live or may be, sorted: the current one, the one before it, the canary,
-        and those that were not refused and are for the current one's day or later.
+        """Bundles that are live or may be, sorted: the current one, the one before it, those beside
+        it, and those that were not refused and are for the current one's day or later.
 
         Raises:
             RegistryError: nothing has been promoted, so nothing is known of that.
@@ -83,7 +93,8 @@ class Registry:
                 f"{self.root}: no bundle has been promoted; is it the right folder?"
             )
         live = self.read(current.current)
-        named = (current.current, current.previous, current.canary and current.canary.id)
+        named = {current.current, current.previous}
+        named |= {beside.id for role in ROLES if (beside := current.beside(role))}
         return [
             manifest
             for manifest in map(self.read, self.ids())
@@ -166,12 +177,14 @@ class Registry:
             before = self._current_or_none()
             if before and before.current == bundle_id:
                 return before
-            canary = before.canary if before else None
-            return self._write(bundle_id, before.current if before else None, canary)
+            if before is None:
+                return self._write(Current(bundle_id, None, ""))
+            return self._write(replace(before, current=bundle_id, previous=before.current))
 
-    def start_canary(self, bundle_id: str, share: float) -> Current:
-        """Gives a share of the users to a bundle, after verifying it; for the bundle that is the
-        canary already it changes the share. It ends with `stop_canary`, or when it is promoted.
+    def start(self, role: Role, bundle_id: str, share: float) -> Current:
+        """Puts a bundle beside the current one for a share of the users, after verifying it; for
+        the bundle that is there already it changes the share. It ends with `stop`, or when the
+        bundle is promoted.
 
         Raises:
             RegistryError: no such bundle, its gates refused it, it is the current one, nothing is
@@ -179,28 +192,28 @@ class Registry:
             BundleError: the bundle is damaged.
         """
         if not 0 < share <= 1:
-            raise RegistryError(f"a canary's share is {share}; it must be above 0 and at most 1")
+            raise RegistryError(f"a {role}'s share is {share}; it must be above 0 and at most 1")
         self._verify(bundle_id)
         self._check_gates(bundle_id)
         with self._locked():
             before = self.current()
             if before is None or before.current == bundle_id:
-                raise RegistryError(f"{bundle_id} can't be a canary beside {before}")
-            known = before.canary
+                raise RegistryError(f"{bundle_id} can't be a {role} beside {before}")
+            known = before.beside(role)
             salt = known.salt if known and known.id == bundle_id else os.urandom(8).hex()
-            return self._write(before.current, before.previous, Canary(bundle_id, share, salt))
+            return self._write(_with(before, role, Beside(bundle_id, share, salt)))
 
-    def stop_canary(self) -> Current:
-        """All users are the current bundle's again.
+    def stop(self, role: Role) -> Current:
+        """All users are the current bundle's alone again.
 
         Raises:
-            RegistryError: there is no canary.
+            RegistryError: there is no bundle in that role.
         """
         with self._locked():
             before = self.current()
-            if before is None or before.canary is None:
-                raise RegistryError(f"{self.root}: there is no canary to stop")
-            return self._write(before.current, before.previous, None)
+            if before is None or before.beside(role) is None:
+                raise RegistryError(f"{self.root}: there is no {role} to stop")
+            return self._write(_with(before, role, None))
 
     def rollback(self) -> Current:
         """Makes the previous bundle the current one; a second call goes forward again.
@@ -213,7 +226,7 @@ class Registry:
             if before is None or before.previous is None:
                 raise RegistryError(f"{self.root}: no previous bundle to roll back to")
             self._verify(before.previous)
-            return self._write(before.previous, before.current, before.canary)
+            return self._write(replace(before, current=before.previous, previous=before.current))
 
     def _check_gates(self, bundle_id: str) -> None:
         if reasons := refusals(self.read(bundle_id)):
@@ -230,15 +243,17 @@ class Registry:
         except RegistryError:
             return None
 
-    def _write(self, current: str, previous: str | None, canary: Canary | None) -> Current:
-        if canary and canary.id == current:
-            canary = None
-        now = datetime.now(UTC).isoformat(timespec="seconds")
-        changed = Current(current, previous, now, canary)
+    def _write(self, wanted: Current) -> Current:
+        changed = replace(wanted, changed_at=datetime.now(UTC).isoformat(timespec="seconds"))
+        for role in ROLES:
+            beside = changed.beside(role)
+            if beside and beside.id == changed.current:
+                changed = _with(changed, role, None)
         temporary = self.root / f".current-{os.getpid()}.json"
         document = asdict(changed)
-        if canary is None:
-            del document["canary"]  # which releases before this one refuse to read
+        for role in ROLES:
+            if document[role] is None:
+                del document[role]  # which releases before it was known refuse to read
         temporary.write_text(json.dumps(document, indent=2))
         sync(temporary)
         os.replace(temporary, self.root / "current.json")
@@ -256,14 +271,22 @@ class Registry:
 def _checked(document: Any) -> Current:
     if not isinstance(document, dict):
         raise TypeError(f"{document!r} is not an object")
-    canary = document.pop("canary", None)
-    found = Current(**document, canary=Canary(**canary) if canary else None)
-    if found.canary and not 0 < found.canary.share <= 1:
-        raise ValueError(f"{found.canary.share!r} is not the share of a canary")
-    for name in (found.current, found.previous or "", found.canary.id if found.canary else ""):
+    canary, shadow = (Beside(**named) if (named := document.pop(r, None)) else None for r in ROLES)
+    found = Current(**document, canary=canary, shadow=shadow)
+    beside = {role: one for role in ROLES if (one := found.beside(role))}
+    for role, one in beside.items():
+        if not 0 < one.share <= 1:
+            raise ValueError(f"{one.share!r} is not the share of a {role}")
+    for name in (found.current, found.previous or "", *(one.id for one in beside.values())):
         if not isinstance(name, str):
             raise TypeError(f"{name!r} is not the id of a bundle")
     return found
+
+
+def _with(current: Current, role: Role, beside: Beside | None) -> Current:
+    if role == "canary":
+        return replace(current, canary=beside)
+    return replace(current, shadow=beside)
 
 
 def sync(path: Path) -> None:
@@ -275,4 +298,4 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["BundleError", "Canary", "Current", "Registry", "RegistryError", "sync"]
+__all__ = ["Beside", "BundleError", "Current", "Registry", "RegistryError", "sync"]

@@ -86,6 +86,11 @@ class Queue:
         self.wait_s = 0.0
         """Expected seconds of work that is waiting or begun."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Nothing waits, and nothing is begun."""
+        return not self._num
+
     def saw_arrival(self) -> None:
         """A request was read, so there may be more."""
         self._quiet_turns = 0
@@ -158,6 +163,10 @@ class Admission:
         """Whether what comes now would wait too long; also notes that something came."""
         self._queue.saw_arrival()
         return self._queue.wait_s > self._max_wait_s
+
+    def is_idle(self) -> bool:
+        """Whether no request waits or is begun."""
+        return self._queue.is_empty
 
     def count(self, reason: str) -> None:
         """Counts a request that was not begun."""

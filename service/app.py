@@ -47,6 +47,7 @@ from service.schemas import (
     ScoreResponse,
 )
 from service.settings import Settings
+from service.shadow import Shadow
 from service.shutdown import Drain, SayGoodbye
 from service.traces import TraceRequests, open_provider
 from service.windows import WindowSource
@@ -99,6 +100,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     audit = _audit(settings, metrics)
     traces = open_provider() if settings.traces else None
     admission = Admission(settings.max_wait_ms / 1000, metrics)
+    shadow = Shadow(live, admission, metrics)
     drain = Drain(settings.drain_s)
     control = Control(registry, live, metrics, settings.control_token)
     has_control = bool(settings.control_token) and not settings.control_port
@@ -111,6 +113,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
             if audit is not None:
                 audit.start()
             await live.start()
+            shadow.start()
             ticking = asyncio.create_task(_tick(registry, live, metrics))
             async with _control_port(settings, control):
                 with drain.on_sigterm():
@@ -119,6 +122,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
             if ticking is not None:
                 ticking.cancel()
                 await asyncio.wait([ticking])
+            await shadow.stop()
             await live.stop()
             if audit is not None:
                 await asyncio.to_thread(audit.close)
@@ -135,7 +139,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
         lifespan=lifespan,
     )
     errors.install(app)
-    endpoints = Endpoints(settings, registry, live, metrics, admission, drain, audit)
+    endpoints = Endpoints(settings, registry, live, metrics, admission, drain, shadow, audit)
     # The last one added is the outermost.
     app.add_middleware(Direct, handlers=endpoints.direct())
     app.add_middleware(errors.AnswerFaults)

@@ -27,6 +27,7 @@ from service.metrics import CONTENT_TYPE, Metrics
 from service.schemas import LiveModel, Models, RefusedModel, ScoreRequest
 from service.scorer import Deadline, Scored, Stages
 from service.settings import Settings
+from service.shadow import Shadow
 from service.shutdown import Drain
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,7 @@ class Endpoints:
     metrics: Metrics
     admission: Admission
     drain: Drain
+    shadow: Shadow
     audit: Audit | None = None
 
     def direct(self) -> Mapping[str, Handler]:
@@ -83,6 +85,7 @@ class Endpoints:
         own.facts = {"model": scored.model, "candidates": len(scored.scores)}
         if stages.seconds["total"] * 1000 > self.settings.slow_ms:
             self._note_slow(asked, scored, stages)
+        self.shadow.offer(asked, scored)
         if self.audit is not None:
             self.audit.offer(own.request_id, body, scored)
         return Response(content, media_type="application/json", headers=_timing(stages))

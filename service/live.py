@@ -9,11 +9,11 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from bundle.registry import Canary, Current, Registry, RegistryError
+from bundle.registry import ROLES, Beside, Current, Registry, RegistryError, Role
 from embeddings_store.cache import CachedReader
 from service.errors import NotReadyError
 from service.metrics import Metrics
@@ -64,8 +64,8 @@ class Live:
         self._started_s = time.monotonic()
         self._scorer: Scorer | None = None
         self._tried: _Sight | None = None
-        self._canary: tuple[Canary, Scorer] | None = None
-        self._tried_canary: Canary | None = None
+        self._beside: dict[Role, tuple[Beside, Scorer]] = {}
+        self._tried_beside: dict[Role, Beside] = {}
         self._task: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
         self.since = ""
@@ -88,10 +88,15 @@ class Live:
         """
         if self._scorer is None:
             raise NotReadyError(self.why_not_ready())
-        chosen = self._scorer
-        if self._canary and is_chosen(user, self._canary[0].salt, self._canary[0].share):
-            chosen = self._canary[1]
-        with chosen.in_use() as scorer:
+        with (self._chosen("canary", user) or self._scorer).in_use() as scorer:
+            yield scorer
+
+    @contextmanager
+    def use_shadow(self, user: str | int) -> Iterator[Scorer | None]:
+        """The shadow's scorer, if there is one and this user is in its share; usable like that of
+        `use`."""
+        shadow = self._chosen("shadow", user)
+        with shadow.in_use() if shadow else nullcontext() as scorer:
             yield scorer
 
     def why_not_ready(self) -> str:
@@ -114,8 +119,9 @@ class Live:
             with suppress(asyncio.CancelledError):
                 await self._task
         held = [self._scorer] if self._scorer else []
-        held += [self._canary[1]] if self._canary else []
-        self._scorer = self._canary = None
+        held += [scorer for _, scorer in self._beside.values()]
+        self._scorer = None
+        self._beside.clear()
         for scorer in held:
             await scorer.close()
             scorer.release()
@@ -128,7 +134,9 @@ class Live:
             sight = await asyncio.to_thread(self._look)
             await self._refresh(sight)
             if not sight.error:
-                await self._follow_canary(sight.current.canary if sight.current else None)
+                for role in ROLES:
+                    wanted = sight.current.beside(role) if sight.current else None
+                    await self._follow_beside(role, wanted)
 
     async def vet(self, bundle_id: str) -> None:
         """Loads a bundle and lets it go again; nothing when it is live.
@@ -141,26 +149,32 @@ class Live:
             await scorer.close()
             await asyncio.to_thread(_free, scorer)
 
-    async def _follow_canary(self, wanted: Canary | None) -> None:
-        """Makes `wanted` the canary; users stay with the live bundle where it is refused."""
-        if self._canary and wanted and self._canary[0].id == wanted.id:
-            self._canary = (wanted, self._canary[1])
+    def _chosen(self, role: Role, user: str | int) -> Scorer | None:
+        found = self._beside.get(role)
+        if found and is_chosen(user, found[0].salt, found[0].share):
+            return found[1]
+        return None
+
+    async def _follow_beside(self, role: Role, wanted: Beside | None) -> None:
+        """Puts `wanted` beside the live bundle, which all users stay with where it is refused."""
+        held = self._beside.get(role)
+        if held and wanted and held[0].id == wanted.id:
+            self._beside[role] = (wanted, held[1])
             return
-        if self._canary:
-            _, old = self._canary
-            self._canary = None
-            self._metrics.canary(None, replaced=_labels(old))
-            await _retire(old)
-        if wanted is None or wanted == self._tried_canary:
+        if held:
+            del self._beside[role]
+            self._metrics.beside(role, None, replaced=_labels(held[1]))
+            await _retire(held[1])
+        if wanted is None or wanted == self._tried_beside.get(role):
             return
-        self._tried_canary = wanted
+        self._tried_beside[role] = wanted
         scorer = await self._attempt(wanted.id)
         if isinstance(scorer, Scorer):
-            self._canary = (wanted, scorer)
-            self._metrics.canary(_labels(scorer), replaced=None)
-            log.info("bundle %s, window %s, is the canary", *_labels(scorer))
+            self._beside[role] = (wanted, scorer)
+            self._metrics.beside(role, _labels(scorer), replaced=None)
+            log.info("bundle %s, window %s, is the %s", *_labels(scorer), role)
         elif scorer.kind == "store":
-            self._tried_canary = None  # may pass by itself, so the next poll tries again
+            del self._tried_beside[role]  # may pass by itself, so the next poll tries again
 
     async def _refresh(self, sight: _Sight) -> None:
         if sight == self._tried or self._is_live(sight):

@@ -11,6 +11,7 @@ from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -24,11 +25,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from bundle.artifact import Artifact
 from bundle.reference import EDGES
+from bundle.registry import Role
 from embeddings_store.cache import CachedReader
 from service import drift, feedback
 from service.answers import Watched, route_of
 from service.drift import Drift
 from service.feedback import Feedback, Outcome
+from service.graphs import Scores
 from service.recent import Recent
 from service.scorer import Scored
 from service.tally import Tally, observe_all
@@ -42,6 +45,7 @@ _SECONDS = (
 )
 MOST_WAITING = 256
 """Requests whose numbers are handed on together: a pause of less than a millisecond."""
+_LOGITS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000)
 
 
@@ -136,12 +140,44 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
-        self._canary = Gauge(
-            "ecdctr_canary_model",
-            "Processes that score a share of the users with this model (0: no longer).",
-            ["model", "window"],
+        self._beside: Mapping[Role, Gauge] = {
+            "canary": Gauge(
+                "ecdctr_canary_model",
+                "Processes that score a share of the users with this model (0: no longer).",
+                ["model", "window"],
+                registry=registry,
+                multiprocess_mode="livesum",
+            ),
+            "shadow": Gauge(
+                "ecdctr_shadow_model",
+                "Processes that score again with this model (0: no longer).",
+                ["model", "window"],
+                registry=registry,
+                multiprocess_mode="livesum",
+            ),
+        }
+        self.shadowed = Counter(
+            "ecdctr_shadow_requests",
+            "Requests of the shadow's share, by outcome (scored, dropped, failed).",
+            ["outcome"],
             registry=registry,
-            multiprocess_mode="livesum",
+        )
+        self._shadow_clicks = Counter(
+            "ecdctr_shadow_predicted_clicks",
+            "Sum of all scores of requests scored again, by who gave them (live, shadow).",
+            ["by"],
+            registry=registry,
+        )
+        self._shadow_same_first = Counter(
+            "ecdctr_shadow_same_first",
+            "Requests scored again whose best candidate is the same.",
+            registry=registry,
+        )
+        self._shadow_difference = Histogram(
+            "ecdctr_shadow_logit_difference",
+            "Mean absolute difference of the logits of a request's candidates.",
+            buckets=_LOGITS,
+            registry=registry,
         )
         self._scored = Counter(
             "ecdctr_scored_requests",
@@ -228,13 +264,23 @@ class Metrics:
             self._live.labels(*replaced).set(0)
         self._live.labels(model, window).set(1)
 
-    def canary(self, started: tuple[str, str] | None, *, replaced: tuple[str, str] | None) -> None:
-        """Notes which (model, window) is the canary from now on, and which no longer is."""
+    def beside(
+        self, role: Role, started: tuple[str, str] | None, *, replaced: tuple[str, str] | None
+    ) -> None:
+        """Notes which (model, window) has the role from now on, and which no longer has."""
         if replaced:
-            self._canary.labels(*replaced).set(0)
+            self._beside[role].labels(*replaced).set(0)
         if started:
             self.feedback.known |= {started[0]}
-            self._canary.labels(*started).set(1)
+            self._beside[role].labels(*started).set(1)
+
+    def scored_again(self, live: Scores, shadow: Scores) -> None:
+        """Counts one request with N > 0 candidates that the shadow scored too: float32 [N] each."""
+        self.shadowed.labels("scored").inc()
+        self._shadow_clicks.labels("live").inc(float(live.sum()))
+        self._shadow_clicks.labels("shadow").inc(float(shadow.sum()))
+        self._shadow_same_first.inc(int(live.argmax() == shadow.argmax()))
+        self._shadow_difference.observe(float(np.abs(_logits(live) - _logits(shadow)).mean()))
 
     def audited(self, outcome: str) -> None:
         """Counts a request that was chosen for the audit log."""
@@ -302,6 +348,12 @@ class Metrics:
                 self._degraded.labels(what, reason).inc(num)
             self._invalid.inc(tally.num_invalid)
             self.drift.add(model, tally)
+
+
+def _logits(scores: Scores) -> Scores:
+    inside = scores.clip(1e-7, 1 - 1e-6)
+    logits: Scores = np.log(inside / (1 - inside))
+    return logits
 
 
 def _is_alive(pid: int) -> bool:

@@ -39,6 +39,7 @@ VERBS = [
     "rollback",
     "prune",
     "stop-canary",
+    "stop-shadow",
     "serve",
     "loadtest",
     "score",

@@ -280,12 +280,12 @@ def test_only_old_bundles_that_nothing_needs_can_be_pruned(place: Place) -> None
         registry.prunable(1)
     for promoted in (ids[1], ids[3]):
         registry.promote(promoted)
-    registry.start_canary(ids[0], 0.1)
+    registry.start("canary", ids[0], 0.1)
     # The second is the one before, the first the canary, and from the fourth on all may go live.
     assert registry.prunable(keep=4) == []
     assert registry.prunable(keep=3) == [ids[2]]
     assert registry.prunable(keep=1) == [ids[2]]
-    registry.stop_canary()
+    registry.stop("canary")
     assert registry.prunable(keep=1) == [ids[0], ids[2]]
     for bundle_id in registry.prunable(keep=1):
         registry.remove(bundle_id)

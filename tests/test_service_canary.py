@@ -70,18 +70,18 @@ def test_the_share_is_kept_and_each_canary_has_users_of_its_own() -> None:
 def test_users_stay_with_their_model_until_the_canary_is_stopped(place: Place) -> None:
     current, canary = add_live_bundle(place), add_bundle(place, bias=1.0)
     with serving(settings_of(place)) as client:
-        place.registry.start_canary(canary, 0.3)
+        place.registry.start("canary", canary, 0.3)
         eventually(lambda: has_canary(client, canary))
         before = models(client)
         assert set(before.values()) == {current, canary}
         assert 30 <= sum(model == canary for model in before.values()) <= 90
         assert models(client) == before
-        place.registry.start_canary(canary, 0.6)
+        place.registry.start("canary", canary, 0.6)
         eventually(lambda: sum(model == canary for model in models(client).values()) > 90)
         assert all(models(client)[user] == canary for user in USERS if before[user] == canary)
         counts = samples(client)
         assert counts[f"ecdctr_scored_requests_total{{model={canary}}}"] > 0
-        place.registry.stop_canary()
+        place.registry.stop("canary")
         eventually(lambda: not has_canary(client, canary))
         assert set(models(client).values()) == {current}
 
@@ -89,13 +89,13 @@ def test_users_stay_with_their_model_until_the_canary_is_stopped(place: Place) -
 def test_a_canary_that_is_refused_leaves_all_users_with_the_current_bundle(place: Place) -> None:
     current, bad = add_live_bundle(place), add_bundle(place, change_graph=constant)
     with serving(settings_of(place)) as client:
-        place.registry.start_canary(bad, 1.0)
+        place.registry.start("canary", bad, 1.0)
         eventually(lambda: bool(client.get("/v1/models").json()["refusals"]))
         (refusal,) = client.get("/v1/models").json()["refusals"]
         assert (refusal["bundle"], refusal["kind"]) == (bad, "constant")
         assert set(models(client).values()) == {current}
         good = add_bundle(place, bias=1.0)
-        place.registry.start_canary(good, 1.0)
+        place.registry.start("canary", good, 1.0)
         eventually(lambda: has_canary(client, good))
         assert set(models(client).values()) == {good}
 
@@ -120,7 +120,7 @@ def test_a_canary_that_waits_for_its_store_has_nothing_else_tried_again(place: P
     store: Any = PartlyAwayStore(place.store, place.store.publish(window))
     with serving(settings_of(place), store) as client:
         place.registry.promote(bad)
-        place.registry.start_canary(canary, 1.0)
+        place.registry.start("canary", canary, 1.0)
         eventually(lambda: refused(client, "store") >= 5)
         # When it was promoted, and once more where the canary came after that was seen.
         assert refused(client, "constant") <= 2
@@ -133,7 +133,7 @@ def test_a_canary_that_waits_for_its_store_has_nothing_else_tried_again(place: P
 def test_a_promoted_canary_is_the_current_bundle_for_all(place: Place) -> None:
     current, canary = add_live_bundle(place), add_bundle(place, bias=1.0)
     with serving(settings_of(place)) as client:
-        place.registry.start_canary(canary, 0.3)
+        place.registry.start("canary", canary, 0.3)
         eventually(lambda: has_canary(client, canary))
         changed = place.registry.promote(canary)
         assert (changed.current, changed.previous, changed.canary) == (canary, current, None)
@@ -143,13 +143,13 @@ def test_a_promoted_canary_is_the_current_bundle_for_all(place: Place) -> None:
 
 def test_the_registry_keeps_the_canary_and_what_it_needs(place: Place) -> None:
     first, canary = add_live_bundle(place), add_bundle(place, bias=1.0)
-    started = place.registry.start_canary(canary, 0.1)
+    started = place.registry.start("canary", canary, 0.1)
     second = add_live_bundle(place, bias=2.0)
     kept = Registry(place.registry.root).current()
     assert kept is not None
     assert (kept.current, kept.previous, kept.canary) == (second, first, started.canary)
     assert canary in {manifest.id for manifest in place.registry.servable()}
-    place.registry.stop_canary()
+    place.registry.stop("canary")
     assert "canary" not in json.loads((place.registry.root / "current.json").read_text())
 
 
@@ -158,7 +158,7 @@ def test_a_window_that_only_the_canary_needs_is_kept(place: Place) -> None:
     for bias in (1.0, 2.0):
         add_live_bundle(place, bias=bias)
     assert old not in {manifest.id for manifest in place.registry.servable()}
-    place.registry.start_canary(old, 0.1)
+    place.registry.start("canary", old, 0.1)
     assert old in {manifest.id for manifest in place.registry.servable()}
 
 
@@ -166,7 +166,7 @@ def test_a_window_that_only_the_canary_needs_is_kept(place: Place) -> None:
 def test_a_share_that_is_none_is_refused(place: Place, share: float) -> None:
     add_live_bundle(place)
     with pytest.raises(RegistryError, match="above 0 and at most 1"):
-        place.registry.start_canary(add_bundle(place, bias=1.0), share)
+        place.registry.start("canary", add_bundle(place, bias=1.0), share)
 
 
 def test_the_current_bundle_can_be_no_canary_and_none_can_be_stopped_that_is_not_there(
@@ -174,6 +174,6 @@ def test_the_current_bundle_can_be_no_canary_and_none_can_be_stopped_that_is_not
 ) -> None:
     current = add_live_bundle(place)
     with pytest.raises(RegistryError, match="can't be a canary"):
-        place.registry.start_canary(current, 0.5)
+        place.registry.start("canary", current, 0.5)
     with pytest.raises(RegistryError, match="no canary to stop"):
-        place.registry.stop_canary()
+        place.registry.stop("canary")

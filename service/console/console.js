@@ -342,6 +342,7 @@ function bundleRow(one, names, control, promoted) {
   const isLive = one.id === models.live?.id;
   const state = isLive ? "live" : one.refused.length ? `refused: ${one.refused.join("; ")}`
     : one.id === promoted?.canary?.id ? `canary, ${percent(promoted.canary.share)} of users`
+    : one.id === promoted?.shadow?.id ? `shadow, ${percent(promoted.shadow.share)} of users`
     : one.id === promoted?.current ? NOT_LIVE : one.id === promoted?.previous ? "the one before" : "";
   const cells = [one.id, element("span", { class: state.startsWith("refused") || state === NOT_LIVE ? "bad" : "" }, state),
     ...names.map((name) => exact(one.metrics[name]))];
