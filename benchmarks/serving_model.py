@@ -66,7 +66,7 @@ def make(
 ) -> Served:
     """Exports both forms of the A-CTR of a day, and fills the Redis at `store`. Nothing in `source`
     is changed. sizes: how many bodies of each number of candidates."""
-    workspace = beside(source, folder / "workspace")
+    workspace = _beside(source, folder / "workspace")
     bundle = export_actr(workspace, asof, recipe)
     workspace.registry.promote(bundle)
     log, actr = workspace.log(), load_actr(workspace, asof, recipe.network)
@@ -95,7 +95,7 @@ def _fill_store(store: str, workspace: Workspace, log: EventLog, window: WindowT
         _fill(client, PREFIX["items"], log.items.ids, window.items)
 
 
-def beside(source: Workspace, root: Path) -> Workspace:
+def _beside(source: Workspace, root: Path) -> Workspace:
     """A workspace on the data and models of another, with a registry and a store of its own."""
     shutil.rmtree(root, ignore_errors=True)
     root.mkdir(parents=True)

@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -24,8 +25,10 @@ import redis
 
 from benchmarks.figures import Figures
 from benchmarks.serving import newest_asof, on_core
-from benchmarks.serving_model import beside, make
+from benchmarks.serving_model import make
 from benchmarks.serving_peers import ROOT, ask, free_port
+from bundle.manifest import seal
+from bundle.registry import Registry
 from loadtest import loop
 from loadtest.address import SCORE_PATH
 from loadtest.bodies import Body, Request, encode
@@ -36,7 +39,6 @@ from loadtest.progress import watch
 from loadtest.report import Limits, PhaseReport, Report, table
 from loadtest.run import Phase, Runner
 from training.demo import running_redis
-from training.export import export_actr
 from training.recipes import Recipe, complete_journey
 from training.workspace import Workspace, WorkspaceError
 
@@ -103,7 +105,7 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
         bodies, registry = served.bodies[CANDIDATES], served.workspace.registry
         current = registry.current()
         assert current is not None
-        ids = [_second(source, asof, recipe, out / "soak", served.workspace), current.current]
+        ids = [_second(registry, current.current), current.current]
         promote = [partial(registry.promote, bundle_id) for bundle_id in ids]
         port, server = free_port(), redis.Redis.from_url(store)
         store_pid = int(server.info("server")["process_id"])
@@ -148,21 +150,12 @@ def figures(reports: Sequence[PhaseReport], memory: Memory, rate: float) -> Figu
     return found
 
 
-def _second(source: Workspace, asof: date, recipe: Recipe, out: Path, into: Workspace) -> str:
-    """Another bundle of the same windows, in the registry: the A-CTR that began without CPM."""
-    other = beside(source, out / "second")
-    models = other.root / "models"
-    models.unlink()
-    models.mkdir()
-    for folder in (source.root / "models").resolve().iterdir():
-        (models / folder.name).symlink_to(folder)
-    own = models / f"actr-{asof}"
-    own.unlink()
-    own.symlink_to((source.root / "models" / f"actr-{asof}-without-cpm").resolve())
-    bundle_id = export_actr(other, asof, recipe)
-    with into.registry.draft() as draft:
-        shutil.copytree(other.registry.path(bundle_id), draft, dirs_exist_ok=True)
-        return into.registry.publish(draft)
+def _second(registry: Registry, bundle_id: str) -> str:
+    """The same bundle under another id, as if somebody had forced it."""
+    with registry.draft() as draft:
+        shutil.copytree(registry.path(bundle_id), draft, dirs_exist_ok=True)
+        seal(draft, replace(registry.read(bundle_id), forced=True))
+        return registry.publish(draft)
 
 
 def _half_of_the_maximum(port: int, requests: Sequence[Request]) -> float:

@@ -42,6 +42,7 @@ _WAY_BITS = 3
 _SPREAD = np.uint64(0x9E3779B97F4A7C15)
 _HALF = np.uint64(32)
 _WARM_CHUNK = 500  # a millisecond of the event loop
+_WARM_PAUSE_S = 0.004
 _WARM_DEADLINE_MS = 1000.0
 
 
@@ -122,8 +123,9 @@ class CachedReader:
         # hundred days they are still exact to a second.
         self._expires_s: Floats = np.full(num_slots, -np.inf, dtype=np.float32)
         self._used_s: Floats = np.full(num_slots, -np.inf, dtype=np.float32)
-        self._present = np.zeros((num_slots, NUM_MONTHS), dtype=np.bool_)
-        self._vectors: Floats = np.zeros((num_slots, width), dtype=np.float32)
+        # Not np.zeros, which leaves it to the first look-ups to get the memory from the system.
+        self._present = np.full((num_slots, NUM_MONTHS), False)
+        self._vectors: Floats = np.full((num_slots, width), 0.0, dtype=np.float32)
         self._flights: dict[int, _Flight] = {}
         self.counts = CacheCounts()
 
@@ -151,6 +153,7 @@ class CachedReader:
         ids = check_ids(ids)[: self._num_sets * _WAYS // 2]
         for start in range(0, len(ids), _WARM_CHUNK):
             await self._fetch(None, ids[start : start + _WARM_CHUNK], _WARM_DEADLINE_MS)
+            await asyncio.sleep(_WARM_PAUSE_S)  # for the requests that are answered meanwhile
         return len(ids)
 
     async def lookup(

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from bundle.registry import ROLES, Beside, Current, Registry, RegistryError, Role
 from embeddings_store.cache import CachedReader
+from service.background import in_background
 from service.errors import NotReadyError
 from service.metrics import Metrics
 from service.routing import is_chosen
@@ -147,7 +148,7 @@ class Live:
         if self._scorer is None or self._scorer.id != bundle_id:
             scorer = await self._load(bundle_id)
             await scorer.close()
-            await asyncio.to_thread(_free, scorer)
+            await in_background(_free, scorer)
 
     def _chosen(self, role: Role, user: str | int) -> Scorer | None:
         found = self._beside.get(role)
@@ -277,7 +278,7 @@ async def _retire(scorer: Scorer) -> None:
         log.error("%d requests on bundle %s did not end", scorer.in_flight, scorer.id)
     finally:
         await scorer.close()
-    await asyncio.to_thread(_free, scorer)
+    await in_background(_free, scorer)
 
 
 def _free(scorer: Scorer) -> None:

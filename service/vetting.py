@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from embeddings_store import (
     Windows,
 )
 from embeddings_store.cache import CachedReader
+from service.background import in_background
 from service.graphs import OUTPUT, PART, Graphs, Scores, open_session
 from service.scorer import Scorer, absent_windows, item_inputs, user_inputs
 from service.windows import WindowSource
@@ -76,7 +76,7 @@ async def load(
         manifest = read_manifest(folder)
         # First, because it is cheap: a store that is away is asked again and again.
         reader = await _open_reader(manifest, source, may_wait)
-        scorer = await asyncio.to_thread(_build, folder, manifest, reader, store_deadline_ms)
+        scorer = await in_background(_build, folder, manifest, reader, store_deadline_ms)
         await _warm_cache(scorer)
         return scorer
     except BaseException as error:

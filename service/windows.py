@@ -15,6 +15,7 @@ from embeddings_store import (
 )
 from embeddings_store.cache import CachedReader
 from embeddings_store.second_line import AwaitedReader, TwoLines
+from service.background import in_background
 from service.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,8 @@ class WindowSource:
                 await copy.close()
             raise
         reader = first if copy is None else TwoLines(first, copy)
-        return self._cached(reader)
+        # Its memory is touched when it is made, which takes a while: not on the event loop.
+        return await in_background(self._cached, reader)
 
     def close(self) -> None:
         self._store.close()

@@ -138,7 +138,7 @@ def test_a_shadow_stays_beside_a_canary_over_a_swap_until_it_is_current_itself(
     assert registry.current() == promoted
     with pytest.raises(RegistryError, match="no shadow to stop"):
         registry.stop("shadow")
-    with pytest.raises(RegistryError, match="a shadow's share is 1.5"):
+    with pytest.raises(RegistryError, match=r"a shadow's share is 1\.5"):
         registry.start("shadow", second, 1.5)
 
 

@@ -1,0 +1,34 @@
+"""Work beside the requests: in a thread of its own, to which the processor is given when the event
+loop leaves it. A machine with a core for each worker has no other for what a new bundle takes."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import ParamSpec, TypeVar
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+NICENESS = 5
+"""A third of the event loop's weight. Not less: a thread that holds the interpreter's lock and does
+not get to run keeps the event loop waiting too."""
+
+
+async def in_background(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:
+    """What the function returns or raises."""
+
+    def run() -> _T:
+        # On Linux a thread has a niceness of its own.
+        thread = threading.get_native_id()
+        os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + NICENESS)
+        return function(*arguments, **named)
+
+    pool = ThreadPoolExecutor(1, "background")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, run)
+    finally:
+        pool.shutdown(wait=False)  # who is cancelled doesn't wait
