@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -49,6 +50,8 @@ CYCLE_S = 600.0
 FROZEN_S = 30.0
 """Length of the phase in which it is."""
 SWAP_EVERY_S = 60.0
+SHARE = 0.5
+"""Of the maximum."""
 SAMPLE_S = 1.0
 START_TIMEOUT_S = 60.0
 
@@ -113,7 +116,7 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
         with serving(served.workspace, store, port, cores[0], out / "soak.log") as pid:
             _await(port, bodies[0])
             requests = encode(bodies, "127.0.0.1", SCORE_PATH)
-            rate = _half_of_the_maximum(port, requests)
+            rate = SHARE * _maximum(port, requests)
             runner = Runner(Target("127.0.0.1", port), requests, watch=watch)
             with Memory(pid) as memory:
                 loop.run(runner.run(phases(rate, seconds, promote, store_pid)))
@@ -158,10 +161,10 @@ def _second(registry: Registry, bundle_id: str) -> str:
         return registry.publish(draft)
 
 
-def _half_of_the_maximum(port: int, requests: Sequence[Request]) -> float:
+def _maximum(port: int, requests: Sequence[Request]) -> float:
     runner = Runner(Target("127.0.0.1", port), requests)
     found = [loop.run(runner.run_phase(Phase("closed", 2.0, clients=n))) for n in (1, 2, 8)]
-    return 0.5 * max(report.ok_per_s for report in found)
+    return max(report.ok_per_s for report in found)
 
 
 @contextmanager
@@ -204,6 +207,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--bundle-from", type=Path, default=Path("build/workspace"), help="workspace"
     )
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
     workspace = Workspace(options.bundle_from)
     try:
         asof = newest_asof(workspace)

@@ -1,0 +1,121 @@
+"""The soak and the start of a large bundle, in a few seconds: they run, and what they say is so."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import Exported
+
+from benchmarks import soak, startup
+from benchmarks.figures import Figures
+from bundle.artifact import open_artifact
+from bundle.registry import Registry
+from loadtest.report import Event, Latency, PhaseReport, Plan
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def met(found: Figures) -> dict[str, bool | None]:
+    return {figure.figure: figure.met for figure in found.found}
+
+
+def test_a_short_soak_swaps_and_freezes_and_leaves_its_figures_and_a_picture(
+    tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(soak, "CANDIDATES", 8)
+    monkeypatch.setattr(soak, "SHARE", 0.05)  # for a machine that does other things as well
+    workspace, recipe = tiny_exported.workspace, tiny_exported.recipe
+    found = soak.run(workspace, tiny_exported.asof, recipe, tmp_path, seconds=9.0)
+    swaps, frozen = json.loads((tmp_path / "soak-report.json").read_text())["phases"]
+    assert len(swaps["events"]) in (3, 4)  # the last one at the very end
+    assert all(event["ok"] for event in swaps["events"])
+    assert ["frozen" in event["text"] for event in frozen["events"]] == [True, False]
+    assert len(swaps["models"]) == 2
+    assert sum(swaps["models"].values()) == swaps["ok"] > 100
+    assert Figures.read(tmp_path / "soak.json").found == found.found
+    assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def phase(name: str, failed: dict[str, int], events: list[Event]) -> PhaseReport:
+    nothing = Latency()
+    return PhaseReport(
+        plan=Plan(name, 10.0, 5.0, 0, "poisson", True),
+        seconds=10.0,
+        complete=True,
+        due=50,
+        sent=50,
+        not_sent=0,
+        ok=50 - sum(failed.values()),
+        ok_per_s=5.0,
+        failed=failed,
+        unfinished=0,
+        late=0,
+        degraded=0,
+        degraded_by={},
+        models={},
+        latency_ms=Latency(p99=3.0),
+        p99_all_ms=3.0,
+        lag_ms=nothing,
+        peak_in_flight=1,
+        events=events,
+        timeline=[],
+    )
+
+
+@pytest.mark.parametrize(
+    ("failed", "ok", "last_mb", "unmet"),
+    [
+        ({}, True, 109, set()),
+        ({"http_503": 1}, True, 109, {"requests that failed"}),
+        ({}, False, 109, {"swaps and freezes that failed"}),
+        ({}, True, 111, {"growth of memory after it"}),
+    ],
+)
+def test_each_thing_that_must_not_happen_is_seen(
+    failed: dict[str, int], ok: bool, last_mb: int, unmet: set[str]
+) -> None:
+    memory = soak.Memory(os.getpid())
+    memory.samples = [(5.0, 100_000_000), (15.0, last_mb * 1_000_000)]
+    reports = [phase("swaps", {}, []), phase("frozen", failed, [Event(1.0, "swap", ok)])]
+    found = met(soak.figures(reports, memory, rate=5.0))
+    assert {figure for figure, is_met in found.items() if is_met is False} == unmet
+
+
+def test_an_hour_is_six_cycles_with_a_swap_a_minute_and_a_freeze_each() -> None:
+    phases = soak.phases(100.0, 3600.0, [lambda: None], os.getppid())
+    assert [one.name for one in phases] == ["swaps", "frozen"] * 6
+    assert sum(one.seconds for one in phases) == 3600.0
+    swap = phases[0].disturbance
+    assert isinstance(swap, soak.Swap)
+    assert swap.every_s == 60.0
+
+
+def test_a_bundle_that_is_made_larger_scores_as_before_and_its_pages_are_shared(
+    tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(startup, "NUM_STARTS", 1)
+    source = open_artifact(tiny_exported.bundle)
+    registry = Registry(tmp_path / "registry")
+    larger = open_artifact(registry.path(startup.enlarge(source, registry, 1_000_000)))
+    assert len(larger.parts) * larger.parts[0].nbytes > 800_000
+    keys = source.encoder.items.keys
+    for before, after in (
+        (source.parts, larger.parts),
+        (source.encoder.items.numeric, larger.encoder.items.numeric),
+    ):
+        places = larger.encoder.items.rows(keys)
+        assert np.array_equal(before[source.encoder.items.rows(keys)], after[places])
+        assert np.array_equal(before[-1], after[-1])
+    found = startup.measure(tiny_exported.workspace.root, tmp_path / "workspace", 1_000_000)
+    values = {figure.figure: figure.value for figure in found.found}
+    assert values["from the start of the process to scores, 1 worker(s)"] > 0
+    in_both, taken = (
+        values["pages of the parts in two workers"],
+        values["memory that they take"],
+    )
+    assert in_both > 0
+    assert taken < 0.7 * in_both
