@@ -122,7 +122,7 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
                 loop.run(runner.run(phases(rate, seconds, promote, store_pid)))
     limits = Limits(max_failures=0)
     url, what = f"http://127.0.0.1:{port}", f"{BODIES} pages of {source.root.name}"
-    report = Report("make soak", url, 0, what, [CANDIDATES], runner.reports, limits)
+    report = Report("python -m benchmarks.soak", url, 0, what, [CANDIDATES], runner.reports, limits)
     print(table(report.phases))
     report.write(out / "soak-report.json")
     draw(report, out / "soak.png", memory.samples)

@@ -7,6 +7,7 @@ import ctypes
 import gc
 import logging
 import time
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -259,11 +260,16 @@ class Live:
         replaced = _labels(old) if old else None
         self._metrics.live(*_labels(scorer), replaced=replaced)
         log.info("bundle %s is live, window %s", *_labels(scorer))
+        held: list[weakref.ref[object]] = []
         if old is not None:
+            held = [weakref.ref(part) for part in (old, old.artifact.encoder, old.reader)]
             await _retire(old)
+            del old
         # What is alive now stays alive until the next swap. Frozen, it is not walked through by
-        # every full collection, which would stop all requests for tens of milliseconds. It stays
-        # frozen: what belongs to a bundle refers to nothing in a circle, so it is freed at once.
+        # every full collection, which would stop all requests for a tenth of a second. What was
+        # frozen is looked at again only where some of the replaced bundle is still there.
+        if any(part() is not None for part in held):
+            gc.unfreeze()
         gc.collect()
         gc.freeze()
 
