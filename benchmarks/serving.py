@@ -295,13 +295,19 @@ def newest_asof(workspace: Workspace) -> date:
     return day
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="This service beside other servers.")
-    parser.add_argument("--quick", action="store_true", help="small, and without the peers")
+def arguments_of(text: str) -> argparse.ArgumentParser:
+    """What the benchmarks of a trained model are told."""
+    parser = argparse.ArgumentParser(description=text)
     parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder")
     parser.add_argument(
         "--bundle-from", type=Path, default=Path("build/workspace"), help="workspace"
     )
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = arguments_of("This service beside other servers.")
+    parser.add_argument("--quick", action="store_true", help="small, and without the peers")
     options = parser.parse_args(arguments)
     workspace = Workspace(options.bundle_from)
     size, others = (QUICK, ()) if options.quick else (Size(), OTHERS)

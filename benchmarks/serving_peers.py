@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -90,19 +91,24 @@ def running(system: System, served: Served, core: int) -> Iterator[int]:
     """The port of the server once it answers; it and all that it started end with the block."""
     port = free_port()
     log = served.folder / f"{system.name.replace(' ', '-')}.log"
+    command, environ = _command(system, served, port), _environ(system, served)
+    pinned = partial(os.sched_setaffinity, 0, {core})
+    with started(command, log, env=environ, preexec_fn=pinned) as process:
+        content = system.content(next(iter(served.bodies.values()))[0])
+        await_answer(system.name, content, port, process, log)
+        yield port
+
+
+@contextmanager
+def started(command: Sequence[str], log: Path, **how: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A server whose output goes to `log`; it and all that it started end with the block. how: as
+    `subprocess.Popen` takes it."""
     with log.open("w") as output:
         process = subprocess.Popen(
-            _command(system, served, port),
-            cwd=ROOT,
-            env=_environ(system, served),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
-            preexec_fn=partial(os.sched_setaffinity, 0, {core}),
+            command, cwd=ROOT, stdout=output, stderr=output, start_new_session=True, **how
         )
     try:
-        _await_answer(system, served, port, process, log)
-        yield port
+        yield process
     finally:
         _end(process)
 
@@ -150,10 +156,19 @@ def _environ(system: System, served: Served) -> dict[str, str]:
     return {**environ, **quiet, "SERVED": str(served.folder)}
 
 
-def _await_answer(
-    system: System, served: Served, port: int, process: subprocess.Popen[bytes], log: Path
+def await_answer(
+    name: str,
+    content: bytes,
+    port: int,
+    process: subprocess.Popen[bytes],
+    log: Path,
+    pause_s: float = 0.2,
 ) -> None:
-    content = system.content(next(iter(served.bodies.values()))[0])
+    """Asks until there are scores.
+
+    Raises:
+        RuntimeError: the process ended, or `START_TIMEOUT_S` have passed; with the end of the log.
+    """
     give_up_at_s, why = time.monotonic() + START_TIMEOUT_S, ""
     while time.monotonic() < give_up_at_s and process.poll() is None:
         try:
@@ -161,8 +176,8 @@ def _await_answer(
             return
         except (OSError, ValueError, http.client.HTTPException) as error:
             why = str(error)
-            time.sleep(0.2)
-    raise RuntimeError(f"{system.name} gave no scores ({why}); {log}: {log.read_text()[-2000:]}")
+            time.sleep(pause_s)
+    raise RuntimeError(f"{name} gave no scores ({why}); {log}: {log.read_text()[-2000:]}")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -6,15 +6,10 @@ fail, and the memory of the service may not grow: leaves figures and a picture o
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -25,14 +20,15 @@ from pathlib import Path
 import redis
 
 from benchmarks.figures import Figures
-from benchmarks.serving import newest_asof, on_core
-from benchmarks.serving_model import make
-from benchmarks.serving_peers import ROOT, ask, free_port
+from benchmarks.processes import Memory
+from benchmarks.serving import arguments_of, newest_asof, on_core
+from benchmarks.serving_model import Served, make
+from benchmarks.serving_peers import OURS, await_answer, free_port, started
 from bundle.manifest import seal
 from bundle.registry import Registry
 from loadtest import loop
 from loadtest.address import SCORE_PATH
-from loadtest.bodies import Body, Request, encode
+from loadtest.bodies import Request, encode
 from loadtest.client import Target
 from loadtest.disturbance import Freeze, Swap
 from loadtest.picture import draw
@@ -52,36 +48,6 @@ FROZEN_S = 30.0
 SWAP_EVERY_S = 60.0
 SHARE = 0.5
 """Of the maximum."""
-SAMPLE_S = 1.0
-START_TIMEOUT_S = 60.0
-
-
-class Memory:
-    """Samples what a process has resident, from the beginning of the block to its end."""
-
-    def __init__(self, pid: int) -> None:
-        self.samples: list[tuple[float, int]] = []
-        """Seconds since the beginning, and bytes."""
-        self._pid, self._over = pid, threading.Event()
-        self._thread = threading.Thread(target=self._sample)
-
-    def __enter__(self) -> Memory:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-
-    def most(self, from_s: float, to_s: float) -> int:
-        """Bytes."""
-        return max(size for at_s, size in self.samples if from_s <= at_s <= to_s)
-
-    def _sample(self) -> None:
-        started_s, page = time.monotonic(), os.sysconf("SC_PAGE_SIZE")
-        while not self._over.wait(SAMPLE_S):
-            pages = int(Path(f"/proc/{self._pid}/statm").read_text().split()[1])
-            self.samples.append((time.monotonic() - started_s, pages * page))
 
 
 def phases(
@@ -113,8 +79,7 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
         port, server = free_port(), redis.Redis.from_url(store)
         store_pid = int(server.info("server")["process_id"])
         server.close()
-        with serving(served.workspace, store, port, cores[0], out / "soak.log") as pid:
-            _await(port, bodies[0])
+        with serving(served, port, cores[0], out / "soak.log") as pid:
             requests = encode(bodies, "127.0.0.1", SCORE_PATH)
             rate = SHARE * _maximum(port, requests)
             runner = Runner(Target("127.0.0.1", port), requests, watch=watch)
@@ -168,44 +133,20 @@ def _maximum(port: int, requests: Sequence[Request]) -> float:
 
 
 @contextmanager
-def serving(workspace: Workspace, store: str, port: int, core: int, log: Path) -> Iterator[int]:
-    """The process of a service with its usual settings, on one core."""
-    command = [sys.executable, "-m", "ecdctr", "--workspace", str(workspace.root), "serve"]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1", "--store", store]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            stdout=output,
-            stderr=output,
-            preexec_fn=partial(os.sched_setaffinity, 0, {core}),
-        )
-    try:
+def serving(served: Served, port: int, core: int, log: Path) -> Iterator[int]:
+    """The process of a service with its usual settings, on one core, once it answers."""
+    command = [sys.executable, "-m", "ecdctr", "--workspace", str(served.workspace.root), "serve"]
+    command += ["--port", str(port), "--workers", "1", "--store", served.store]
+    pinned = partial(os.sched_setaffinity, 0, {core})
+    with started(command, log, preexec_fn=pinned) as process:
+        content = OURS.content(served.bodies[CANDIDATES][0])
+        await_answer(OURS.name, content, port, process, log)
         yield process.pid
-    finally:
-        process.terminate()
-        process.wait()
-
-
-def _await(port: int, body: Body) -> None:
-    give_up_at_s = time.monotonic() + START_TIMEOUT_S
-    while True:
-        try:
-            ask(port, json.dumps(body).encode())
-            return
-        except (OSError, ValueError):
-            if time.monotonic() > give_up_at_s:
-                raise
-            time.sleep(0.1)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="An hour at half load.")
+    parser = arguments_of("An hour at half load.")
     parser.add_argument("--seconds", type=float, default=3600.0, help="(default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder")
-    parser.add_argument(
-        "--bundle-from", type=Path, default=Path("build/workspace"), help="workspace"
-    )
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
     workspace = Workspace(options.bundle_from)

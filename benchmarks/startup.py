@@ -5,11 +5,7 @@ The bundle is the one that `make demo` promoted, with items added until it is as
 
 from __future__ import annotations
 
-import argparse
-import os
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -21,7 +17,9 @@ import numpy.typing as npt
 import orjson
 
 from benchmarks.figures import Figures
-from benchmarks.serving_peers import ROOT, ask, free_port
+from benchmarks.processes import mapped_bytes, workers
+from benchmarks.serving import arguments_of
+from benchmarks.serving_peers import OURS, ask, await_answer, free_port, started
 from bundle.artifact import Artifact, open_artifact
 from bundle.golden import body_of
 from bundle.items import ItemTable
@@ -64,46 +62,15 @@ def _add_items(source: Artifact, draft: Path, num: int) -> None:
 
 
 @contextmanager
-def started(workspace: Path, workers: int, body: Body) -> Iterator[tuple[float, int, int]]:
+def serving(workspace: Path, num_workers: int, body: Body) -> Iterator[tuple[float, int, int]]:
     """Seconds from the start of the process to its first scores; its port and its id."""
-    port = free_port()
+    port, log = free_port(), workspace / "service.log"
     command = [sys.executable, "-m", "ecdctr", "--workspace", str(workspace), "serve"]
-    command += ["--port", str(port), "--workers", str(workers)]
+    command += ["--port", str(port), "--workers", str(num_workers)]
     start_s = time.monotonic()
-    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True)
-    try:
-        content = orjson.dumps(body)
-        while True:
-            try:
-                ask(port, content)
-                break
-            except (OSError, ValueError):
-                if process.poll() is not None or time.monotonic() > start_s + TIMEOUT_S:
-                    raise
-                time.sleep(0.005)
+    with started(command, log) as process:
+        await_answer(OURS.name, orjson.dumps(body), port, process, log, pause_s=0.005)
         yield time.monotonic() - start_s, port, process.pid
-    finally:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def mapped(pid: int, path: Path) -> tuple[int, int]:
-    """Bytes of a file that a process has mapped and in memory; and its share of them, where pages
-    that n processes have count 1/n (Rss and Pss of smaps)."""
-    resident = share = 0
-    lines = iter(Path(f"/proc/{pid}/smaps").read_text().splitlines())
-    for line in lines:
-        if line.endswith(str(path)):
-            facts = dict(next(lines).split(":") for _ in range(5))
-            resident += int(facts["Rss"].split()[0]) * 1024
-            share += int(facts["Pss"].split()[0]) * 1024
-    return resident, share
-
-
-def children(pid: int) -> list[int]:
-    """Of a server, those that serve."""
-    ids = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(i) for i in ids if b"spawn_main" in Path(f"/proc/{i}/cmdline").read_bytes()]
 
 
 def measure(source: Path, workspace: Path, num_bytes: int) -> Figures:
@@ -122,16 +89,16 @@ def measure(source: Path, workspace: Path, num_bytes: int) -> Figures:
     size = sum(path.stat().st_size for path in folder.rglob("*"))
     found.add("size of the bundle", size / 1e9, "GB")
     body = body_of(artifact.golden[0].request)
-    for workers in (1, 2):
+    for num_workers in (1, 2):
         times = []
         for _ in range(NUM_STARTS):
-            with started(workspace, workers, body) as (seconds, _, _):
+            with serving(workspace, num_workers, body) as (seconds, _, _):
                 times.append(seconds)
-        goal = 2.0 if workers == 1 else None
-        text = f"from the start of the process to scores, {workers} worker(s)"
+        goal = 2.0 if num_workers == 1 else None
+        text = f"from the start of the process to scores, {num_workers} worker(s)"
         found.add(text, float(np.median(times)), "s", at_most=goal)
     bodies = [body_of(golden.request) for golden in artifact.golden]
-    with started(workspace, 2, body) as (_, port, pid):
+    with serving(workspace, 2, body) as (_, port, pid):
         sizes = _mapped_by_both(port, pid, bodies, folder / PARTS)
     found.add("pages of the parts in two workers", sum(s for s, _ in sizes) / 1e6, "MB")
     found.add("memory that they take", sum(s for _, s in sizes) / 1e6, "MB")
@@ -141,24 +108,20 @@ def measure(source: Path, workspace: Path, num_bytes: int) -> Figures:
 def _mapped_by_both(
     port: int, pid: int, bodies: Sequence[Body], path: Path
 ) -> list[tuple[int, int]]:
-    """What `mapped` says of each of two workers, once both have answered a lot."""
+    """What `mapped_bytes` says of each of two workers, once both have answered a lot."""
     give_up_at_s = time.monotonic() + TIMEOUT_S
     while time.monotonic() < give_up_at_s:
         for body in [*bodies] * 20:
             ask(port, orjson.dumps(body))  # on a connection of its own
-        sizes = [mapped(child, path) for child in children(pid)]
+        sizes = [mapped_bytes(worker, path) for worker in workers(pid)]
         if len(sizes) == 2 and all(resident for resident, _ in sizes):
             return sizes
     raise RuntimeError(f"only one of two workers answered within {TIMEOUT_S:.0f} s")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="The start of a service on a large bundle.")
+    parser = arguments_of("The start of a service on a large bundle.")
     parser.add_argument("--gb", type=float, default=2.0, help="of the bundle (%(default)s)")
-    parser.add_argument("--out", type=Path, default=Path("build/bench"), help="folder")
-    parser.add_argument(
-        "--bundle-from", type=Path, default=Path("build/workspace"), help="workspace"
-    )
     options = parser.parse_args(arguments)
     workspace = options.out.resolve() / "startup"
     found = measure(options.bundle_from.resolve(), workspace, int(options.gb * 1e9))

@@ -45,6 +45,7 @@ _SECONDS = (
 )
 MOST_WAITING = 256
 """Requests whose numbers are handed on together: a pause of less than a millisecond."""
+_DOES: Mapping[Role, str] = {"canary": "score a share of the users", "shadow": "score again"}
 _LOGITS = (0.001, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
 _CANDIDATES = (0, 1, 10, 50, 100, 200, 500, 1000, 2000, 5000)
 
@@ -140,21 +141,15 @@ class Metrics:
             ["reason"],
             registry=registry,
         )
-        self._beside: Mapping[Role, Gauge] = {
-            "canary": Gauge(
-                "ecdctr_canary_model",
-                "Processes that score a share of the users with this model (0: no longer).",
+        self._beside = {
+            role: Gauge(
+                f"ecdctr_{role}_model",
+                f"Processes that {does} with this model (0: no longer).",
                 ["model", "window"],
                 registry=registry,
                 multiprocess_mode="livesum",
-            ),
-            "shadow": Gauge(
-                "ecdctr_shadow_model",
-                "Processes that score again with this model (0: no longer).",
-                ["model", "window"],
-                registry=registry,
-                multiprocess_mode="livesum",
-            ),
+            )
+            for role, does in _DOES.items()
         }
         self.shadowed = Counter(
             "ecdctr_shadow_requests",

@@ -43,11 +43,11 @@ class Tally:
             self.degraded[what, reason] += 1
 
 
-def observe_all(histogram: Histogram, values: Sequence[float]) -> None:
-    """The same as `histogram.observe` of each value, for which the client has no call."""
-    places = np.searchsorted(histogram._upper_bounds, values)
-    counts = np.bincount(places, minlength=len(histogram._upper_bounds))
-    for bucket, num in zip(histogram._buckets, counts.tolist(), strict=True):
+def observe_all(metric: Histogram, values: Sequence[float]) -> None:
+    """The same as `metric.observe` of each value, for which the client has no call."""
+    places = np.searchsorted(metric._upper_bounds, values)
+    counts = np.bincount(places, minlength=len(metric._upper_bounds))
+    for bucket, num in zip(metric._buckets, counts.tolist(), strict=True):
         if num:
             bucket.inc(num)
-    histogram._sum.inc(float(np.sum(values)))
+    metric._sum.inc(float(np.sum(values)))

@@ -29,6 +29,7 @@ from manifests import ROOT, named, rendered, tool
 from servers import free_port
 from test_service_app import is_ready, process
 
+from benchmarks.processes import workers
 from bundle.reference import write_reference
 from service.drift import MIN_SCORES
 
@@ -237,19 +238,6 @@ def test_a_worker_that_was_killed_no_longer_counts_once_another_takes_its_place(
         os.kill(min(before), signal.SIGKILL)
         eventually(lambda: total(url, "ecdctr_swaps_total") == 3)
         assert total(url, "ecdctr_live_model") == 2
-
-
-def workers(pid: int) -> set[int]:
-    """Processes that serve; the one that tracks resources for Python is none."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return {int(child) for child in children if b"spawn_main" in command_line(child)}
-
-
-def command_line(pid: str) -> bytes:
-    try:
-        return Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:  # it has just ended
-        return b""
 
 
 def total(url: str, name: str) -> float:

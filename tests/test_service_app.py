@@ -37,6 +37,12 @@ def samples(client: httpx.Client) -> dict[str, float]:
     return found
 
 
+def is_beside(client: httpx.Client, role: str, bundle_id: str) -> bool:
+    """Whether a bundle is the canary, or the shadow."""
+    start = f"ecdctr_{role}_model{{model={bundle_id}"
+    return any(name.startswith(start) and value == 1 for name, value in samples(client).items())
+
+
 def test_the_documentation_needs_nothing_from_elsewhere(client: httpx.Client) -> None:
     page = client.get("/docs", headers={"host": "evil.example"})
     assert page.status_code == 200

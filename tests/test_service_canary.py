@@ -20,7 +20,7 @@ from bundles import (
     serving,
     settings_of,
 )
-from test_service_app import samples
+from test_service_app import is_beside, samples
 
 from bundle.registry import Registry, RegistryError
 from embeddings_store import Reader, Store, StoreUnavailable, WindowRef
@@ -48,14 +48,6 @@ def refused(client: httpx.Client, kind: str) -> float:
     return samples(client).get(f"ecdctr_refusals_total{{kind={kind}}}", 0.0)
 
 
-def has_canary(client: httpx.Client, bundle_id: str) -> bool:
-    values = samples(client)
-    return any(
-        name.startswith(f"ecdctr_canary_model{{model={bundle_id}") and value == 1
-        for name, value in values.items()
-    )
-
-
 def test_the_share_is_kept_and_each_canary_has_users_of_its_own() -> None:
     users = range(20_000)
     first = {user for user in users if is_chosen(user, "first", 0.05)}
@@ -71,7 +63,7 @@ def test_users_stay_with_their_model_until_the_canary_is_stopped(place: Place) -
     current, canary = add_live_bundle(place), add_bundle(place, bias=1.0)
     with serving(settings_of(place)) as client:
         place.registry.start("canary", canary, 0.3)
-        eventually(lambda: has_canary(client, canary))
+        eventually(lambda: is_beside(client, "canary", canary))
         before = models(client)
         assert set(before.values()) == {current, canary}
         assert 30 <= sum(model == canary for model in before.values()) <= 90
@@ -82,7 +74,7 @@ def test_users_stay_with_their_model_until_the_canary_is_stopped(place: Place) -
         counts = samples(client)
         assert counts[f"ecdctr_scored_requests_total{{model={canary}}}"] > 0
         place.registry.stop("canary")
-        eventually(lambda: not has_canary(client, canary))
+        eventually(lambda: not is_beside(client, "canary", canary))
         assert set(models(client).values()) == {current}
 
 
@@ -96,7 +88,7 @@ def test_a_canary_that_is_refused_leaves_all_users_with_the_current_bundle(place
         assert set(models(client).values()) == {current}
         good = add_bundle(place, bias=1.0)
         place.registry.start("canary", good, 1.0)
-        eventually(lambda: has_canary(client, good))
+        eventually(lambda: is_beside(client, "canary", good))
         assert set(models(client).values()) == {good}
 
 
@@ -126,7 +118,7 @@ def test_a_canary_that_waits_for_its_store_has_nothing_else_tried_again(place: P
         assert refused(client, "constant") <= 2
         assert set(models(client).values()) == {live}
         store.is_away = False
-        eventually(lambda: has_canary(client, canary))
+        eventually(lambda: is_beside(client, "canary", canary))
         assert set(models(client).values()) == {canary}
 
 
@@ -134,11 +126,11 @@ def test_a_promoted_canary_is_the_current_bundle_for_all(place: Place) -> None:
     current, canary = add_live_bundle(place), add_bundle(place, bias=1.0)
     with serving(settings_of(place)) as client:
         place.registry.start("canary", canary, 0.3)
-        eventually(lambda: has_canary(client, canary))
+        eventually(lambda: is_beside(client, "canary", canary))
         changed = place.registry.promote(canary)
         assert (changed.current, changed.previous, changed.canary) == (canary, current, None)
         eventually(lambda: set(models(client).values()) == {canary})
-        eventually(lambda: not has_canary(client, canary))
+        eventually(lambda: not is_beside(client, "canary", canary))
 
 
 def test_the_registry_keeps_the_canary_and_what_it_needs(place: Place) -> None:

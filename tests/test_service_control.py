@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +25,8 @@ from bundles import (
 from servers import free_port
 from test_monitoring import total
 from test_service_app import is_ready, process, samples
+
+from benchmarks.processes import resident_bytes
 
 TOKEN = {"authorization": "Bearer s3cret"}
 
@@ -166,8 +167,3 @@ def memory_growth(place: Place, names: list[str], num_swaps: int, num_first: int
                     assert client.post("/v1/score", json=body(num=size)).status_code == 200
                 resident.append(resident_bytes(server.pid))
     return max(resident[num_first:]) / resident[num_first - 1] - 1
-
-
-def resident_bytes(pid: int) -> int:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")

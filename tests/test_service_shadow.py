@@ -19,7 +19,7 @@ from bundles import (
     settings_of,
 )
 from commands import Run
-from test_service_app import samples
+from test_service_app import is_beside, samples
 
 from bundle.registry import RegistryError
 from service.routing import is_chosen
@@ -31,11 +31,6 @@ REQUESTS = "ecdctr_shadow_requests_total"
 @pytest.fixture
 def place(tmp_path: Path) -> Place:
     return make_place(tmp_path)
-
-
-def has_shadow(client: httpx.Client, bundle_id: str) -> bool:
-    found = samples(client).items()
-    return any(f"ecdctr_shadow_model{{model={bundle_id}" in k and v == 1 for k, v in found)
 
 
 def num(client: httpx.Client, outcome: str) -> float:
@@ -61,7 +56,7 @@ def test_a_share_of_the_users_is_scored_again_and_all_are_answered_by_the_live_b
         assert beside is not None
         again = sum(is_chosen(user, beside.salt, 0.3) for user in USERS)
         assert 30 <= again <= 90
-        eventually(lambda: has_shadow(client, shadow))
+        eventually(lambda: is_beside(client, "shadow", shadow))
         assert ask_all(client) == before
         eventually(lambda: num(client, "scored") == again)
         found = samples(client)
@@ -77,7 +72,7 @@ def test_a_share_of_the_users_is_scored_again_and_all_are_answered_by_the_live_b
         }
         assert clicks["shadow"] > 1.05 * clicks["live"] > 0
         place.registry.stop("shadow")
-        eventually(lambda: not has_shadow(client, shadow))
+        eventually(lambda: not is_beside(client, "shadow", shadow))
         ask_all(client)
         assert num(client, "scored") == again
 
@@ -87,7 +82,7 @@ def test_a_shadow_that_fails_on_a_request_is_counted_and_goes_on(place: Place) -
     bad = add_bundle(place, change_graph=nan_below_minus_one)
     with serving(settings_of(place)) as client:
         place.registry.start("shadow", bad, 1.0)
-        eventually(lambda: has_shadow(client, bad))
+        eventually(lambda: is_beside(client, "shadow", bad))
         odd = body(context={"slot": -90})
         assert client.post("/v1/score", json=odd).json()["model"] == live
         eventually(lambda: num(client, "failed") == 1)
@@ -103,7 +98,7 @@ def test_requests_that_leave_no_time_are_dropped(
     shadow = add_bundle(place, bias=1.0)
     with serving(settings_of(place)) as client:
         place.registry.start("shadow", shadow, 1.0)
-        eventually(lambda: has_shadow(client, shadow))
+        eventually(lambda: is_beside(client, "shadow", shadow))
         ask_all(client)
         assert num(client, "dropped") == len(USERS)
         assert num(client, "scored") == 0
@@ -117,7 +112,7 @@ def test_a_shadow_that_is_refused_says_why(place: Place) -> None:
         eventually(lambda: bool(client.get("/v1/models").json()["refusals"]))
         (refusal,) = client.get("/v1/models").json()["refusals"]
         assert (refusal["bundle"], refusal["kind"]) == (bad, "constant")
-        assert not has_shadow(client, bad)
+        assert not is_beside(client, "shadow", bad)
 
 
 def test_a_shadow_stays_beside_a_canary_over_a_swap_until_it_is_current_itself(

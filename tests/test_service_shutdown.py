@@ -17,8 +17,10 @@ import httpx
 import pytest
 from bundles import Place, add_live_bundle, body, eventually
 from runclock import run_s
-from test_monitoring import total, workers
+from test_monitoring import total
 from test_service_app import is_ready, process
+
+from benchmarks.processes import workers
 
 NUM_CALLERS = 8
 

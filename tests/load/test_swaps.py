@@ -10,10 +10,10 @@ from pathlib import Path
 import httpx
 import pytest
 from bundles import ITEMS, add_bundle, body, eventually, make_place
-from test_monitoring import total, workers
+from test_monitoring import total
 from test_service_app import is_ready, process
 
-from benchmarks.soak import Memory
+from benchmarks.processes import Memory, workers
 from loadtest import loop
 from loadtest.address import SCORE_PATH
 from loadtest.bodies import encode

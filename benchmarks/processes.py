@@ -1,0 +1,68 @@
+"""What the system says of the processes of a service."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+SAMPLE_S = 1.0
+
+
+def workers(pid: int) -> set[int]:
+    """Processes that serve; the one that tracks resources for Python is none."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return {int(child) for child in children if b"spawn_main" in _command_line(child)}
+
+
+def resident_bytes(pid: int) -> int:
+    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def mapped_bytes(pid: int, path: Path) -> tuple[int, int]:
+    """Bytes of a file that a process has mapped and in memory; and its share of them, where pages
+    that n processes have count 1/n (Rss and Pss of smaps)."""
+    resident = share = 0
+    lines = iter(Path(f"/proc/{pid}/smaps").read_text().splitlines())
+    for line in lines:
+        if line.endswith(str(path)):
+            facts = dict(next(lines).split(":") for _ in range(5))
+            resident += int(facts["Rss"].split()[0]) * 1024
+            share += int(facts["Pss"].split()[0]) * 1024
+    return resident, share
+
+
+class Memory:
+    """Samples what a process has resident, from the beginning of the block to its end."""
+
+    def __init__(self, pid: int) -> None:
+        self.samples: list[tuple[float, int]] = []
+        """Seconds since the beginning, and bytes."""
+        self._pid, self._over = pid, threading.Event()
+        self._thread = threading.Thread(target=self._sample)
+
+    def __enter__(self) -> Memory:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def most(self, from_s: float, to_s: float) -> int:
+        """Bytes."""
+        return max(size for at_s, size in self.samples if from_s <= at_s <= to_s)
+
+    def _sample(self) -> None:
+        started_s = time.monotonic()
+        while not self._over.wait(SAMPLE_S):
+            self.samples.append((time.monotonic() - started_s, resident_bytes(self._pid)))
+
+
+def _command_line(pid: str) -> bytes:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:  # it has just ended
+        return b""
