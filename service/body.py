@@ -67,9 +67,8 @@ def check_json(scope: Scope) -> None:
         raise UnsupportedMediaTypeError(
             f"content-encoding is {encoding!r:.100}, must be identity or absent"
         )
-    media_type = (
-        (header(scope, b"content-type") or "application/json").partition(";")[0].strip().lower()
-    )
+    declared = header(scope, b"content-type") or "application/json"
+    media_type = declared.partition(";")[0].strip().lower()
     if media_type != "application/json" and not media_type.endswith("+json"):
         raise UnsupportedMediaTypeError(
             f"content-type is {media_type!r:.100}, must be application/json"

@@ -68,6 +68,8 @@ class Live:
         self._tried: _Sight | None = None
         self._beside: dict[Role, tuple[Beside, Scorer]] = {}
         self._tried_beside: dict[Role, Beside] = {}
+        self._retired: list[weakref.ref[object]] = []
+        """Parts of bundles that were let go, as long as they are there."""
         self._task: asyncio.Task[None] | None = None
         self._refreshing = asyncio.Lock()
         self.since = ""
@@ -147,9 +149,7 @@ class Live:
             RefusedError: it must not go live.
         """
         if self._scorer is None or self._scorer.id != bundle_id:
-            scorer = await self._load(bundle_id)
-            await scorer.close()
-            await in_background(_free, scorer)
+            await self._retire(await self._load(bundle_id))
 
     def _chosen(self, role: Role, user: str | int) -> Scorer | None:
         found = self._beside.get(role)
@@ -166,7 +166,7 @@ class Live:
         if held:
             del self._beside[role]
             self._metrics.beside(role, None, replaced=_labels(held[1]))
-            await _retire(held[1])
+            await self._retire(held[1])
         if wanted is None or wanted == self._tried_beside.get(role):
             return
         self._tried_beside[role] = wanted
@@ -260,31 +260,31 @@ class Live:
         replaced = _labels(old) if old else None
         self._metrics.live(*_labels(scorer), replaced=replaced)
         log.info("bundle %s is live, window %s", *_labels(scorer))
-        held: list[weakref.ref[object]] = []
         if old is not None:
-            held = [weakref.ref(part) for part in (old, old.artifact.encoder, old.reader)]
-            await _retire(old)
+            await self._retire(old)
             del old
         # What is alive now stays alive until the next swap. Frozen, it is not walked through by
         # every full collection, which would stop all requests for a tenth of a second. What was
-        # frozen is looked at again only where some of the replaced bundle is still there.
-        if any(part() is not None for part in held):
+        # frozen is looked at again only where something of a retired bundle is still there.
+        if any(part() is not None for part in self._retired):
             gc.unfreeze()
         gc.collect()
         gc.freeze()
+        self._retired = [part for part in self._retired if part() is not None]
 
-
-async def _retire(scorer: Scorer) -> None:
-    """Waits for the requests that began on it, then frees it, in a thread."""
-    try:
-        async with asyncio.timeout(_DRAIN_S):
-            while scorer.in_flight:
-                await asyncio.sleep(0.01)
-    except TimeoutError:
-        log.error("%d requests on bundle %s did not end", scorer.in_flight, scorer.id)
-    finally:
-        await scorer.close()
-    await in_background(_free, scorer)
+    async def _retire(self, scorer: Scorer) -> None:
+        """Waits for the requests that began on it, then frees it, in a thread."""
+        parts = (scorer, scorer.artifact.encoder, scorer.reader)
+        self._retired += [weakref.ref(part) for part in parts]
+        try:
+            async with asyncio.timeout(_DRAIN_S):
+                while scorer.in_flight:
+                    await asyncio.sleep(0.01)
+        except TimeoutError:
+            log.error("%d requests on bundle %s did not end", scorer.in_flight, scorer.id)
+        finally:
+            await scorer.close()
+        await in_background(_free, scorer)
 
 
 def _free(scorer: Scorer) -> None:
