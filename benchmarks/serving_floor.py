@@ -63,7 +63,7 @@ async def _measure(
         found = [await _rate(scorer, settings, contents, n, seconds) for n in AT_ONCE]
         rates[str(num)] = max(found)
     parts = await _parts(scorer, settings, bodies[max(bodies)])
-    await scorer.close()
+    await source.let_go(scorer.reader)
     source.close()
     return {"rates": rates, "parts_ms": parts}
 

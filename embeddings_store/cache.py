@@ -127,6 +127,7 @@ class CachedReader:
         self._present = np.full((num_slots, NUM_MONTHS), False)
         self._vectors: Floats = np.full((num_slots, width), 0.0, dtype=np.float32)
         self._flights: dict[int, _Flight] = {}
+        self._is_warm = False
         self.counts = CacheCounts()
 
     def take_counts(self) -> CacheCounts:
@@ -148,12 +149,14 @@ class CachedReader:
         return int((self._expires_s > self._now_s()).sum()) * self._slot_bytes
 
     async def warm(self, ids: Ids) -> int:
-        """Fetch items before they are asked for: as many of the first as half of the slots hold, so
-        that few displace each other. How many; StoreError when one part failed."""
-        ids = check_ids(ids)[: self._num_sets * _WAYS // 2]
+        """Fetch items before they are asked for, unless that was done before: as many of the first
+        as half of the slots hold, so that few displace each other. How many; StoreError when one
+        part failed."""
+        ids = check_ids(ids)[: 0 if self._is_warm else self._num_sets * _WAYS // 2]
         for start in range(0, len(ids), _WARM_CHUNK):
             await self._fetch(None, ids[start : start + _WARM_CHUNK], _WARM_DEADLINE_MS)
             await asyncio.sleep(_WARM_PAUSE_S)  # for the requests that are answered meanwhile
+        self._is_warm = True
         return len(ids)
 
     async def lookup(

@@ -189,6 +189,9 @@ class Failure:
     rows: Bools
     """Which rows, bool [n], at least one; they are zero and absent, though they may exist."""
 
+    def __post_init__(self) -> None:
+        _forget_frames(self.error)
+
 
 @dataclass(frozen=True, eq=False)
 class Windows:
@@ -205,6 +208,10 @@ class Windows:
     failure: Failure | None = None
     second_line: StoreError | None = None
     """Why the first line failed, where rows are those of a second line."""
+
+    def __post_init__(self) -> None:
+        if self.second_line is not None:
+            _forget_frames(self.second_line)
 
 
 @dataclass(frozen=True, eq=False)
@@ -316,6 +323,12 @@ def _all_finite(vectors: Floats) -> bool:
     """True only when all are finite: a sum of squares is far cheaper than a look at each."""
     flat = vectors.reshape(-1)
     return bool(np.isfinite(flat.dot(flat)))
+
+
+def _forget_frames(error: StoreError) -> None:
+    """An error that is kept holds on to the frames that it came through, and these to what they
+    made of it: a circle, which only a garbage collection would free."""
+    error.__traceback__ = None
 
 
 def all_absent(num: int, dim: int) -> Windows:

@@ -13,8 +13,8 @@ from typing import ParamSpec, TypeVar
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
-NICENESS = 5
-"""A third of the event loop's weight. Not less: a thread that holds the interpreter's lock and does
+NICENESS = 10
+"""A tenth of the event loop's weight. Not less: a thread that holds the interpreter's lock and does
 not get to run keeps the event loop waiting too."""
 
 

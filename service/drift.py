@@ -9,6 +9,7 @@ import numpy.typing as npt
 
 from bundle.artifact import Artifact
 from bundle.reference import EDGES, Counts, read_histogram
+from bundle.spec import Entity
 from service.recent import Recent
 from service.tally import Tally
 
@@ -35,14 +36,22 @@ class Drift:
 
     def __init__(self, recent: Recent) -> None:
         self._recent = recent
-        self._artifact: Artifact | None = None
+        self._model = ""
+        self._inputs: list[tuple[str, Entity]] = []
         self._reference: Counts | None = None
 
     def follow(self, artifact: Artifact) -> None:
         """From now on `artifact` is the live bundle."""
-        if artifact is not self._artifact:
-            self._artifact = artifact
+        # Not the artifact itself: a bundle that is replaced is to be freed at once.
+        if artifact.manifest.id != self._model:
+            features = artifact.encoder.spec.features
+            # Ids are in every request.
+            self._inputs = [
+                (f.name, f.entity) for f in features if f.name not in ("user_id", "item_id")
+            ]
+            self._inputs += [("user_window", "user"), ("item_windows", "item")]
             self._reference = read_histogram(artifact.folder)
+            self._model = artifact.manifest.id
 
     def add(self, model: str, tally: Tally) -> None:
         """Counts what requests to a model came to."""
@@ -54,17 +63,13 @@ class Drift:
 
     def summary(self) -> Summary:
         """How the live bundle does, over all processes that share the window."""
-        if self._artifact is None:
+        if not self._model:
             return Summary(None, {})
-        total = self._recent.total()
-        model, spec = self._artifact.manifest.id, self._artifact.encoder.spec
+        total, model = self._recent.total(), self._model
         scores = total.get(f"scores {model}", np.zeros(len(EDGES)))
         num_requests = float(total.get(f"requests {model}", np.zeros(())))
-        # Ids are in every request.
-        names = [(f.name, f.entity) for f in spec.features if f.name not in ("user_id", "item_id")]
-        names += [("user_window", "user"), ("item_windows", "item")]
         shares = {}
-        for name, entity in names:
+        for name, entity in self._inputs:
             if num := float(scores.sum()) if entity == "item" else num_requests:
                 shares[name] = float(total.get(f"missing {model} {name}", np.zeros(()))) / num
         return Summary(self._psi(scores), shares)

@@ -127,7 +127,7 @@ class Live:
         self._scorer = None
         self._beside.clear()
         for scorer in held:
-            await scorer.close()
+            await self._source.let_go(scorer.reader)
             scorer.release()
         self._source.close()
 
@@ -258,15 +258,17 @@ class Live:
     async def _swap(self, scorer: Scorer) -> None:
         old, self._scorer, self.since = self._scorer, scorer, _now()
         replaced = _labels(old) if old else None
+        was_leaked = any(part() is not None for part in self._retired)
         self._metrics.live(*_labels(scorer), replaced=replaced)
         log.info("bundle %s is live, window %s", *_labels(scorer))
         if old is not None:
             await self._retire(old)
             del old
         # What is alive now stays alive until the next swap. Frozen, it is not walked through by
-        # every full collection, which would stop all requests for a tenth of a second. What was
-        # frozen is looked at again only where something of a retired bundle is still there.
-        if any(part() is not None for part in self._retired):
+        # every full collection, which would stop all requests for a twentieth of a second. What was
+        # frozen is looked at again only where something of a bundle that was retired by an earlier
+        # swap is still there: some cycle holds it.
+        if was_leaked:
             gc.unfreeze()
         gc.collect()
         gc.freeze()
@@ -274,8 +276,7 @@ class Live:
 
     async def _retire(self, scorer: Scorer) -> None:
         """Waits for the requests that began on it, then frees it, in a thread."""
-        parts = (scorer, scorer.artifact.encoder, scorer.reader)
-        self._retired += [weakref.ref(part) for part in parts]
+        self._retired += [weakref.ref(part) for part in (scorer, scorer.artifact.encoder)]
         try:
             async with asyncio.timeout(_DRAIN_S):
                 while scorer.in_flight:
@@ -283,7 +284,8 @@ class Live:
         except TimeoutError:
             log.error("%d requests on bundle %s did not end", scorer.in_flight, scorer.id)
         finally:
-            await scorer.close()
+            if await self._source.let_go(scorer.reader):
+                self._retired.append(weakref.ref(scorer.reader))
         await in_background(_free, scorer)
 
 

@@ -102,7 +102,7 @@ class Scored:
 
 
 class Scorer:
-    """One bundle with its sessions and its reader, all of which it owns."""
+    """One bundle with its sessions, which it owns, and a reader, which is lent to it."""
 
     def __init__(
         self, artifact: Artifact, graphs: Graphs, reader: Reader, store_deadline_ms: float
@@ -173,10 +173,6 @@ class Scorer:
         return self._graphs.scores(
             {**encoded.inputs, **user_inputs(windows.user), "item_part": part}
         )
-
-    async def close(self) -> None:
-        """Closes the reader; nothing may be in flight."""
-        await self.reader.close()
 
     def release(self) -> None:
         """Frees the sessions and their models; takes a while, so not on the event loop."""

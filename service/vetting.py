@@ -65,7 +65,8 @@ class RefusedError(Exception):
 async def load(
     folder: Path, source: WindowSource, store_deadline_ms: float, *, may_wait: bool = False
 ) -> Scorer:
-    """Opens, checks and warms the bundle in `folder`; the event loop stays free meanwhile.
+    """Opens, checks and warms the bundle in `folder`; the event loop stays free meanwhile. Its
+    reader is to be let go to the source in the end.
     `may_wait`: it may go live although its store gives no answer yet.
 
     Raises:
@@ -81,7 +82,7 @@ async def load(
         return scorer
     except BaseException as error:
         if reader is not None:
-            await reader.close()
+            await source.let_go(reader)
         if isinstance(error, BundleError):
             raise RefusedError("bundle", str(error)) from error
         if isinstance(error, FeatureError):
@@ -99,7 +100,7 @@ async def _open_reader(manifest: Manifest, source: WindowSource, may_wait: bool)
     except StoreError as error:
         raise RefusedError("store", f"{manifest.id}: {error}") from error
     if reader.dim != window.dim:
-        await reader.close()
+        await source.let_go(reader)
         raise RefusedError(
             "window", f"{manifest.id}: needs vectors of {window.dim}, not {reader.dim}"
         )

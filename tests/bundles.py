@@ -217,9 +217,9 @@ def add_bundle(
         return place.registry.publish(draft)
 
 
-def add_live_bundle(place: Place, *, bias: float = 0.0) -> str:
+def add_live_bundle(place: Place, *, bias: float = 0.0, window: PackedWindow | None = None) -> str:
     """Publishes a good bundle and promotes it."""
-    bundle_id = add_bundle(place, bias=bias)
+    bundle_id = add_bundle(place, bias=bias, window=window)
     place.registry.promote(bundle_id)
     return bundle_id
 

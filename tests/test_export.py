@@ -166,7 +166,7 @@ def test_the_bundle_passes_its_own_check_and_that_of_the_service(tiny_exported: 
         settings = Settings(Path("unused"), "unused")
         source = WindowSource(settings, tiny_exported.workspace.store)
         scorer = await load(tiny_exported.bundle, source, 1000.0)
-        await scorer.close()
+        await source.let_go(scorer.reader)
         return scorer.id
 
     assert asyncio.run(go_live()) == tiny_exported.bundle_id

@@ -33,6 +33,14 @@ from bundles import (
 )
 from servers import running_server
 
+from embeddings_store import (
+    Reader,
+    RequestWindows,
+    Store,
+    StoreTimeout,
+    WindowRef,
+    Windows,
+)
 from service.scorer import Scorer
 from service.vetting import load
 
@@ -244,16 +252,23 @@ def test_what_lives_as_long_as_the_bundle_is_kept_out_of_collections(tmp_path: P
         eventually(lambda: gc.get_freeze_count() > 1000)
 
 
+@pytest.mark.parametrize("same_window", [False, True])
 @pytest.mark.parametrize("cache_mb", [0, 1])
 @pytest.mark.parametrize("in_server", [False, True])
 def test_a_replaced_bundle_is_freed_at_once_and_not_by_a_collection(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_server: bool, cache_mb: int
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    in_server: bool,
+    cache_mb: int,
+    same_window: bool,
 ) -> None:
     loaded: list[list[weakref.ref[Any]]] = []
 
     async def remember(*args: Any, **kwargs: Any) -> Scorer:
         scorer = await load(*args, **kwargs)
-        parts = (scorer, scorer.artifact.encoder, scorer.artifact.parts, scorer.reader)
+        parts: list[object] = [scorer, scorer.artifact.encoder, scorer.artifact.parts]
+        if not same_window:
+            parts.append(scorer.reader)
         loaded.append([weakref.ref(part) for part in parts])
         return scorer
 
@@ -264,11 +279,75 @@ def test_a_replaced_bundle_is_freed_at_once_and_not_by_a_collection(
         with serving(settings_of(place, item_cache_mb=cache_mb)) as client:
             client.post("/v1/score", json=body())
             assert all(part() is not None for part in loaded[0])
-            second = add_live_bundle(place, bias=1.0)
+            window = place.window if same_window else make_window(seed=1)
+            if not same_window:
+                place.store.publish(window)
+            second = add_live_bundle(place, bias=1.0, window=window)
             eventually(lambda: live_id(client) == second)
             # It was frozen when it went live, so no collection looks at it.
             eventually(lambda: all(part() is None for part in loaded[0]))
             assert all(part() is not None for part in loaded[1])
+        place.store.close()
+
+
+class AbsentReader:
+    """A reader whose store never answers; remembers its errors as long as they are there."""
+
+    def __init__(self, inner: Reader) -> None:
+        self.ref, self.dim, self.close = inner.ref, inner.dim, inner.close
+        self.errors: list[weakref.ref[StoreTimeout]] = []
+
+    async def lookup(self, *_: Any, **__: Any) -> Windows:
+        error = StoreTimeout("no answer")
+        self.errors.append(weakref.ref(error))
+        raise error
+
+    async def lookup_request(self, *_: Any, **__: Any) -> RequestWindows:
+        await self.lookup()
+        raise AssertionError
+
+
+class AbsentStore:
+    def __init__(self, inner: Store) -> None:
+        self._inner, self.close = inner, inner.close
+        self.readers: list[AbsentReader] = []
+
+    async def reader(self, ref: WindowRef) -> AbsentReader:
+        self.readers.append(AbsentReader(await self._inner.reader(ref)))
+        return self.readers[-1]
+
+
+def test_an_answer_without_windows_leaves_nothing_for_a_collection(tmp_path: Path) -> None:
+    place = make_place(tmp_path)
+    add_live_bundle(place)
+    store: Any = AbsentStore(place.store)
+    with serving(settings_of(place, item_cache_mb=0), store) as client:
+        gc.disable()
+        try:
+            assert client.post("/v1/score", json=body()).json()["degraded"]
+            (reader,) = store.readers
+            assert len(reader.errors) == 1
+            # The next request takes the place of what the server's loop still held of this one.
+            client.get("/livez")
+            assert reader.errors[0]() is None
+        finally:
+            gc.enable()
+
+
+def test_bundles_of_one_window_share_its_reader_and_outlive_each_other(tmp_path: Path) -> None:
+    with running_server() as server:
+        place = make_place(tmp_path, server.url)
+        first = add_live_bundle(place)
+        with serving(settings_of(place, store_deadline_ms=200)) as client:
+            assert scores(client)[0] == first
+            server.freeze()
+            # What is live has nothing better: so the store need not be there for this one.
+            second = add_bundle(place, bias=1.0)
+            point_at(place, second)
+            eventually(lambda: live_id(client) == second)
+            server.thaw()
+            assert scores(client)[0] == second
+            eventually(lambda: client.post("/v1/score", json=body()).json()["degraded"] == [])
         place.store.close()
 
 

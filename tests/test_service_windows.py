@@ -18,6 +18,7 @@ from bundles import (
     body,
     eventually,
     make_place,
+    make_window,
     serving,
     settings_of,
 )
@@ -124,13 +125,15 @@ def test_without_a_copy_it_waits_for_its_store_and_then_goes_live_without_window
             eventually(lambda: reasons(client) == {})
 
 
-def test_a_live_bundle_is_not_replaced_by_one_whose_store_is_away(tmp_path: Path) -> None:
+def test_a_live_bundle_is_not_replaced_by_one_of_another_window_whose_store_is_away(
+    tmp_path: Path,
+) -> None:
     with running_server() as server:
         place = published(server, tmp_path)
         with serving(settings_of(place, store_wait_s=0.01, store_deadline_ms=200)) as client:
             first = ask(client)["model"]
             server.kill()
-            place.registry.promote(add_bundle(place, bias=1.0))
+            place.registry.promote(add_bundle(place, window=make_window(seed=1)))
             eventually(lambda: bool(client.get("/v1/models").json()["refusals"]))
             refusal = client.get("/v1/models").json()["refusals"][0]
             assert refusal["kind"] == "store"
