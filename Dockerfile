@@ -17,12 +17,12 @@ COPY loadtest loadtest
 RUN python -m venv --without-pip /opt/ecdctr
 
 FROM source AS service-build
-RUN pip --python /opt/ecdctr/bin/python install --no-cache-dir --constraint constraints.txt .
+RUN pip --python /opt/ecdctr/bin/python install --no-cache-dir --constraint constraints.txt '.[s3]'
 
 FROM source AS training-build
 # Where a CPU build of torch is, if that is wanted: it is several GB smaller.
 ARG PIP_EXTRA_INDEX_URL
-RUN pip --python /opt/ecdctr/bin/python install --no-cache-dir --constraint constraints.txt '.[train]'
+RUN pip --python /opt/ecdctr/bin/python install --no-cache-dir --constraint constraints.txt '.[s3,train]'
 
 FROM ${PYTHON_IMAGE} AS runtime
 ARG VERSION

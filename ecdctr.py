@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from bundle.registry import Registry
     from embeddings_store import Store, WindowRef
     from training.actr import Variant
     from training.config import Schedule
@@ -180,7 +181,7 @@ def _store_check(options: argparse.Namespace) -> None:
                 changed.append(f"{ref} (its snapshots give {again})")
             print(f"{ref}  whole{', equal to its snapshots' if again == ref else ''}")
         # Without a registry there is nothing to miss.
-        needed = _needed(options) if _registry(options).is_dir() else {}
+        needed = _needed(options) if _is_registry(_registry_name(options)) else {}
     missing = [f"{ref} of {', '.join(needed[ref])}" for ref in needed if ref not in present]
     if missing:
         sys.exit(f"ecdctr: not in the store: {'; '.join(missing)}")
@@ -229,11 +230,10 @@ def _store_url(options: argparse.Namespace) -> str:
 
 def _needed(options: argparse.Namespace) -> dict[WindowRef, list[str]]:
     """The windows of bundles that are served or may be, with the ids of those bundles."""
-    from bundle.registry import Registry
     from embeddings_store import WindowRef
 
     needed: dict[WindowRef, list[str]] = {}
-    for manifest in Registry(_registry(options)).servable():
+    for manifest in _registry(options).servable():
         ref = WindowRef(manifest.window.month, manifest.window.build)
         needed.setdefault(ref, []).append(manifest.id)
     return needed
@@ -244,6 +244,7 @@ def _export(options: argparse.Namespace) -> None:
     from training.recipes import complete_journey
 
     with _alone(options, "actr") as workspace:
+        workspace.registry = _registry(options)
         print(export_actr(workspace, options.asof, complete_journey()))
 
 
@@ -254,9 +255,9 @@ def _audit(options: argparse.Namespace) -> None:
 
 
 def _promote(options: argparse.Namespace) -> None:
-    from bundle.registry import ROLES, Registry
+    from bundle.registry import ROLES
 
-    registry = Registry(_registry(options))
+    registry = _registry(options)
     for role in ROLES:
         if (share := getattr(options, f"{role}_share")) is not None:
             current = registry.start(role, options.id, share)
@@ -267,9 +268,7 @@ def _promote(options: argparse.Namespace) -> None:
 
 
 def _prune(options: argparse.Namespace) -> None:
-    from bundle.registry import Registry
-
-    registry = Registry(_registry(options))
+    registry = _registry(options)
     for bundle_id in registry.prunable(options.keep):
         if not options.dry_run:
             registry.remove(bundle_id)
@@ -277,16 +276,12 @@ def _prune(options: argparse.Namespace) -> None:
 
 
 def _rollback(options: argparse.Namespace) -> None:
-    from bundle.registry import Registry
-
-    current = Registry(_registry(options)).rollback()
+    current = _registry(options).rollback()
     print(f"current: {current.current}, previous: {current.previous or 'none'}")
 
 
 def _stop(options: argparse.Namespace) -> None:
-    from bundle.registry import Registry
-
-    current = Registry(_registry(options)).stop(options.role)
+    current = _registry(options).stop(options.role)
     print(f"current: {current.current}, {options.role}: none")
 
 
@@ -294,11 +289,12 @@ def _serve(options: argparse.Namespace) -> None:
     from service.app import serve
     from service.settings import Settings
 
-    registry = _registry(options)
-    if not registry.is_dir():
+    registry, store = _registry_name(options), _store_url(options)
+    if not _is_registry(registry):
         sys.exit(f"ecdctr: no registry at {registry}; run 'ecdctr demo' or 'ecdctr export' first")
-    store = _store_url(options)
-    environ = {**os.environ, "ECDCTR_REGISTRY": str(registry), "ECDCTR_STORE": store}
+    environ = {**os.environ, "ECDCTR_REGISTRY": registry, "ECDCTR_STORE": store}
+    if "://" in registry and not environ.get("ECDCTR_REGISTRY_CACHE"):
+        environ["ECDCTR_REGISTRY_CACHE"] = str(_registry_cache(options))
     serve(Settings.from_env(environ), options.host, options.port, options.workers)
 
 
@@ -333,8 +329,10 @@ def _update(options: argparse.Namespace) -> None:
 
     url = options.store or os.environ.get("ECDCTR_STORE")
     store = open_store(url, max_mbps=options.max_mbps) if url else None
+    workspace = _workspace(options)
+    workspace.registry = _registry(options)
     outcome = run_update(
-        _workspace(options),
+        workspace,
         options.asof,
         complete_journey(),
         _schedule(options),
@@ -437,12 +435,28 @@ def _schedule(options: argparse.Namespace) -> Schedule:
     return Schedule(tpm_lag_days=options.tpm_lag_days)
 
 
-def _registry(options: argparse.Namespace) -> Path:
-    given: Path | None = options.registry
-    if given is None and os.environ.get("ECDCTR_REGISTRY"):
-        given = Path(os.environ["ECDCTR_REGISTRY"])
-    workspace: Path = options.workspace
-    return given or workspace / "registry"
+def _registry_name(options: argparse.Namespace) -> str:
+    given: str = getattr(options, "registry", None) or os.environ.get("ECDCTR_REGISTRY", "")
+    return given or str(options.workspace / "registry")
+
+
+def _is_registry(name: str) -> bool:
+    """An object store has no folders that could be missing."""
+    return "://" in name or Path(name).is_dir()
+
+
+def _registry_cache(options: argparse.Namespace) -> Path:
+    given = os.environ.get("ECDCTR_REGISTRY_CACHE")
+    folder: Path = Path(given) if given else options.workspace / "registry-cache"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _registry(options: argparse.Namespace) -> Registry:
+    from bundle.remote import open_registry
+
+    name = _registry_name(options)
+    return open_registry(name, _registry_cache(options) if "://" in name else None)
 
 
 def _variant(options: argparse.Namespace) -> Variant:
@@ -500,6 +514,7 @@ def _add_training(verbs: _Verbs) -> None:
     )
     verb.add_argument("--json", type=Path, help="also write the report here")
     verb = _verb(verbs, "export", "A-CTR to ONNX, checked, as a bundle in the registry", _export)
+    _registry_option(verb)
     _asof(verb)
     verb = _verb(verbs, "audit", "requests that the service kept, as Parquet", _audit)
     verb.add_argument("folder", type=Path, help="ECDCTR_AUDIT_DIR of the service")
@@ -511,6 +526,7 @@ def _add_training(verbs: _Verbs) -> None:
     _store(verb)
     _max_mbps(verb)
     verb = _verb(verbs, "update", "train what is due, export, promote what passes", _update)
+    _registry_option(verb)
     _asof(verb, datetime.now(UTC).date())
     verb.add_argument("--only", choices=["tpm", "cpm", "actr"], help="one tier (default: all)")
     verb.add_argument("--force", action="store_true", help="promote a refused bundle")
@@ -675,7 +691,7 @@ def _store(verb: argparse.ArgumentParser) -> None:
 
 
 def _registry_option(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--registry", type=Path, help="folder (default: the workspace's)")
+    verb.add_argument("--registry", help="folder or URL (default: the workspace's)")
 
 
 def _day(text: str) -> date:

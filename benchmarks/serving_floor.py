@@ -39,7 +39,7 @@ TIMED = 10
 
 
 def main(folder: Path, bundle: Path, store: str, seconds: float) -> None:
-    settings = Settings(registry=bundle.parent, store=store, store_deadline_ms=2000.0)
+    settings = Settings(registry=str(bundle.parent), store=store, store_deadline_ms=2000.0)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         print(json.dumps(runner.run(_measure(folder, bundle, settings, seconds))))
 

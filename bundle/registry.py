@@ -23,6 +23,10 @@ class RegistryError(ValueError):
     """The registry can't do what was asked; the message says what would be right."""
 
 
+class RegistryUnavailable(RegistryError):
+    """It gave no answer, or has no room for now: worth another try."""
+
+
 Role = Literal["canary", "shadow"]
 """A canary answers its share of the users; a shadow scores again what its share was answered."""
 ROLES: tuple[Role, ...] = get_args(Role)
@@ -59,6 +63,8 @@ class Registry:
 
     def __init__(self, root: Path) -> None:
         self.root = root
+        self.name = str(root)
+        """For messages."""
 
     def path(self, bundle_id: str) -> Path:
         """Where the bundle of that id is.
@@ -67,18 +73,37 @@ class Registry:
             RegistryError: the id is malformed or not here.
         """
         folder = self.root / "bundles" / bundle_id
-        if not _ID.fullmatch(bundle_id) or not folder.is_dir():
-            known = ", ".join(self.ids()) or "none; run 'ecdctr export' first"
-            raise RegistryError(f"no bundle {bundle_id!r} in {self.root}; there are: {known}")
+        if not self.is_id(bundle_id) or not folder.is_dir():
+            raise self.unknown(bundle_id)
         return folder
+
+    def unknown(self, bundle_id: str) -> RegistryError:
+        """What to say of an id that is malformed or not here."""
+        known = ", ".join(self.ids()) or "none; run 'ecdctr export' first"
+        return RegistryError(f"no bundle {bundle_id!r} in {self.name}; there are: {known}")
+
+    @staticmethod
+    def is_id(text: str) -> bool:
+        """Whether it could be the id of a bundle, and so the name of a folder."""
+        return _ID.fullmatch(text) is not None
 
     def ids(self) -> list[str]:
         """Ids of all complete bundles, sorted."""
         folders = (self.root / "bundles").glob("*/manifest.json")
-        return sorted(path.parent.name for path in folders if _ID.fullmatch(path.parent.name))
+        return sorted(path.parent.name for path in folders if self.is_id(path.parent.name))
 
     def read(self, bundle_id: str) -> Manifest:
         return read_manifest(self.path(bundle_id))
+
+    def files(self, bundle_id: str) -> tuple[tuple[str, str], ...]:
+        """Each file of a bundle with something that changes when it does; nothing when there is no
+        such bundle."""
+        try:
+            folder = self.path(bundle_id)
+            found = sorted((path, path.lstat()) for path in folder.rglob("*"))
+        except (RegistryError, OSError):
+            return ()
+        return tuple((str(path), f"{stat.st_size} {stat.st_mtime_ns}") for path, stat in found)
 
     def servable(self) -> list[Manifest]:
         """Bundles that are live or may be, sorted: the current one, the one before it, those beside
@@ -90,7 +115,7 @@ class Registry:
         current = self.current()
         if current is None:
             raise RegistryError(
-                f"{self.root}: no bundle has been promoted; is it the right folder?"
+                f"{self.name}: no bundle has been promoted; is it the right registry?"
             )
         live = self.read(current.current)
         named = {current.current, current.previous}
@@ -134,7 +159,7 @@ class Registry:
             BundleError: the draft does not match its own manifest.
         """
         manifest = verify(draft)
-        if not _ID.fullmatch(manifest.id):
+        if not self.is_id(manifest.id):
             raise BundleError(f"{draft.name}: {manifest.id!r} can't be the id of a bundle")
         for path in [draft, *draft.rglob("*")]:
             sync(path)
@@ -158,7 +183,7 @@ class Registry:
         """
         path = self.root / "current.json"
         try:
-            return _checked(json.loads(path.read_text()))
+            return parse_current(json.loads(path.read_text()))
         except FileNotFoundError:
             return None
         except (OSError, ValueError, TypeError) as error:
@@ -212,7 +237,7 @@ class Registry:
         with self._locked():
             before = self.current()
             if before is None or before.beside(role) is None:
-                raise RegistryError(f"{self.root}: there is no {role} to stop")
+                raise RegistryError(f"{self.name}: there is no {role} to stop")
             return self._write(_with(before, role, None))
 
     def rollback(self) -> Current:
@@ -224,7 +249,7 @@ class Registry:
         with self._locked():
             before = self.current()
             if before is None or before.previous is None:
-                raise RegistryError(f"{self.root}: no previous bundle to roll back to")
+                raise RegistryError(f"{self.name}: no previous bundle to roll back to")
             self._verify(before.previous)
             return self._write(replace(before, current=before.previous, previous=before.current))
 
@@ -240,6 +265,8 @@ class Registry:
     def _current_or_none(self) -> Current | None:
         try:
             return self.current()
+        except RegistryUnavailable:
+            raise
         except RegistryError:
             return None
 
@@ -249,16 +276,19 @@ class Registry:
             beside = changed.beside(role)
             if beside and beside.id == changed.current:
                 changed = _with(changed, role, None)
-        temporary = self.root / f".current-{os.getpid()}.json"
         document = asdict(changed)
         for role in ROLES:
             if document[role] is None:
                 del document[role]  # which releases before it was known refuse to read
-        temporary.write_text(json.dumps(document, indent=2))
+        self._replace_current(json.dumps(document, indent=2))
+        return changed
+
+    def _replace_current(self, content: str) -> None:
+        temporary = self.root / f".current-{os.getpid()}.json"
+        temporary.write_text(content)
         sync(temporary)
         os.replace(temporary, self.root / "current.json")
         sync(self.root)
-        return changed
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -268,7 +298,12 @@ class Registry:
             yield
 
 
-def _checked(document: Any) -> Current:
+def parse_current(document: Any) -> Current:
+    """What `current.json` says.
+
+    Raises:
+        ValueError, TypeError: it is not such a document.
+    """
     if not isinstance(document, dict):
         raise TypeError(f"{document!r} is not an object")
     canary, shadow = (Beside(**named) if (named := document.pop(r, None)) else None for r in ROLES)
@@ -298,4 +333,12 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-__all__ = ["Beside", "BundleError", "Current", "Registry", "RegistryError", "sync"]
+__all__ = [
+    "Beside",
+    "BundleError",
+    "Current",
+    "Registry",
+    "RegistryError",
+    "RegistryUnavailable",
+    "sync",
+]

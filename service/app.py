@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.resources import files
@@ -25,7 +25,8 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
 from uvicorn.supervisors import Multiprocess
 
-from bundle.registry import Registry
+from bundle.registry import Registry, RegistryUnavailable
+from bundle.remote import open_registry
 from embeddings_store import Store
 from service import console, errors, logs
 from service.admission import Admission, TurnAway
@@ -95,7 +96,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     `store` is the one that `settings` name unless given.
     """
     metrics = Metrics(CollectorRegistry(), settings.metrics_dir)
-    registry = Registry(settings.registry)
+    registry = open_registry(settings.registry, settings.registry_cache)
     live = Live(settings, registry, metrics, WindowSource(settings, store))
     audit = _audit(settings, metrics)
     traces = open_provider() if settings.traces else None
@@ -181,7 +182,8 @@ async def _tick(registry: Registry, live: Live, metrics: Metrics) -> None:
     """What is done every few seconds, and not for each request."""
     while True:
         try:
-            metrics.feedback.known = frozenset(await asyncio.to_thread(registry.ids))
+            with suppress(RegistryUnavailable):
+                metrics.feedback.known = frozenset(await asyncio.to_thread(registry.ids))
             metrics.tick(live.scorer.artifact if live.scorer else None)
             await metrics.share()
         except Exception:

@@ -10,12 +10,23 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from bundle.registry import RegistryUnavailable
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 NICENESS = 10
 """A tenth of the event loop's weight. Not less: a thread that holds the interpreter's lock and does
 not get to run keeps the event loop waiting too."""
+
+
+async def answer_of(function: Callable[[], _T], otherwise: _T, seconds: float = 1.0) -> _T:
+    """What the function returns in a thread, or `otherwise` where the registry that it asks gives
+    no answer, or none so soon."""
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(function), seconds)
+    except (RegistryUnavailable, TimeoutError):
+        return otherwise
 
 
 async def in_background(function: Callable[_P, _T], *arguments: _P.args, **named: _P.kwargs) -> _T:

@@ -3,7 +3,6 @@ API's own answers and the metrics. It keeps no state, so any worker can answer."
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import asdict, dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -16,6 +15,7 @@ from bundle.golden import body_of
 from bundle.manifest import BundleError, refusals
 from bundle.registry import Current, Registry, RegistryError
 from service.answers import json_answer
+from service.background import answer_of
 from service.errors import NotReadyError
 from service.live import Live
 
@@ -27,6 +27,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
+_NOTHING: dict[str, Any] = {"promoted": None, "bundles": [], "num_bundles": 0}
 _HEADERS = {
     "content-security-policy": _POLICY,
     "cache-control": "no-cache",
@@ -64,7 +65,9 @@ class Console:
     async def bundles(self) -> Response:
         """The newest bundles with their figures, what was promoted last, and whether to promote
         from here."""
-        return json_answer({"control": self.control, **await asyncio.to_thread(self._in_registry)})
+        return json_answer(
+            {"control": self.control, **await answer_of(self._in_registry, _NOTHING)}
+        )
 
     async def sample(self, nth: int = 0) -> Response:
         """The body of the `nth` golden request of the live bundle (they repeat), which it scores.

@@ -21,7 +21,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from bundle.manifest import BundleError, refusals
-from bundle.registry import Current, Registry, RegistryError
+from bundle.registry import Current, Registry, RegistryError, RegistryUnavailable
 from service import errors
 from service.answers import json_answer
 from service.live import Live
@@ -30,6 +30,8 @@ from service.metrics import Metrics
 from service.vetting import RefusedError
 
 log = logging.getLogger(__name__)
+
+_OUTCOMES = {401: "unauthorised", 404: "unknown", 409: "refused", 503: "unavailable"}
 
 
 class Control:
@@ -73,6 +75,8 @@ class Control:
     async def _vet(self, bundle_id: str) -> None:
         try:
             manifest = await asyncio.to_thread(self._registry.read, bundle_id)
+        except RegistryUnavailable as error:
+            raise HTTPException(503, str(error)) from error
         except RegistryError:
             raise HTTPException(404, f"there is no bundle {bundle_id!r:.120}") from None
         except BundleError as error:
@@ -103,7 +107,7 @@ class Control:
             yield
             outcome = "done"
         except HTTPException as error:
-            outcome = {401: "unauthorised", 404: "unknown", 409: "refused"}[error.status_code]
+            outcome = _OUTCOMES[error.status_code]
             raise
         finally:
             self._metrics.control.labels(action, outcome).inc()
@@ -114,6 +118,8 @@ async def _changed(act: Callable[..., Any], *arguments: str) -> Any:
     """What the registry answers, off the event loop; what it can't do is a conflict."""
     try:
         return await asyncio.to_thread(act, *arguments)
+    except RegistryUnavailable as error:
+        raise HTTPException(503, str(error)) from error
     except (RegistryError, BundleError) as error:
         raise HTTPException(409, str(error)) from error
 

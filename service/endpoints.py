@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 import random
 import time
@@ -17,6 +16,7 @@ from bundle.registry import Registry
 from service.admission import PATHS, Admission, Admitted
 from service.answers import json_answer
 from service.audit import Audit
+from service.background import answer_of
 from service.body import check_json
 from service.decode import decode, decode_events
 from service.direct import Handler
@@ -91,8 +91,10 @@ class Endpoints:
         return Response(content, media_type="application/json", headers=_timing(stages))
 
     async def models(self) -> Response:
-        """The live bundle, the last refusals, and all bundles in the registry."""
-        available = await asyncio.to_thread(self.registry.ids)
+        """The live bundle, the last refusals, and all bundles in the registry; none of these while
+        that gives no answer."""
+        unknown: list[str] = []
+        available = await answer_of(self.registry.ids, unknown)
         refusals = [RefusedModel(**asdict(refusal)) for refusal in self.live.refusals]
         models = Models(live=self._live_model(), refusals=refusals, available=available)
         return json_answer(models.model_dump())

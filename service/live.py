@@ -14,7 +14,16 @@ from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from bundle.registry import ROLES, Beside, Current, Registry, RegistryError, Role
+from bundle.registry import (
+    ROLES,
+    Beside,
+    BundleError,
+    Current,
+    Registry,
+    RegistryError,
+    RegistryUnavailable,
+    Role,
+)
 from embeddings_store.cache import CachedReader
 from service.background import in_background
 from service.errors import NotReadyError
@@ -22,7 +31,7 @@ from service.metrics import Metrics
 from service.routing import is_chosen
 from service.scorer import Scorer
 from service.settings import Settings
-from service.vetting import RefusedError, load
+from service.vetting import PASSING, RefusedError, load
 from service.windows import WindowSource
 
 log = logging.getLogger(__name__)
@@ -51,8 +60,8 @@ class _Sight:
 
     current: Current | None
     error: str = ""
-    files: tuple[tuple[str, int, int], ...] = ()
-    """Path, size in bytes and time of change of each file of the current bundle."""
+    files: tuple[tuple[str, str], ...] = ()
+    """See `Registry.files`; nothing for the bundle that is live."""
 
 
 class Live:
@@ -135,7 +144,7 @@ class Live:
         """Makes the registry's current bundle the live one, or notes why it can't be. Never raises
         for what is wrong with a bundle, the registry or the store."""
         async with self._refreshing:
-            sight = await asyncio.to_thread(self._look)
+            sight = await asyncio.to_thread(self._look, self._scorer.id if self._scorer else "")
             await self._refresh(sight)
             if not sight.error:
                 for role in ROLES:
@@ -175,7 +184,7 @@ class Live:
             self._beside[role] = (wanted, scorer)
             self._metrics.beside(role, _labels(scorer), replaced=None)
             log.info("bundle %s, window %s, is the %s", *_labels(scorer), role)
-        elif scorer.kind == "store":
+        elif scorer.kind in PASSING:
             del self._tried_beside[role]  # may pass by itself, so the next poll tries again
 
     async def _refresh(self, sight: _Sight) -> None:
@@ -187,9 +196,18 @@ class Live:
         elif sight.current is not None:
             scorer = await self._attempt(sight.current.current)
             if isinstance(scorer, Scorer):
-                await self._swap(scorer)
-            elif scorer.kind == "store":
+                if await self._is_wanted(scorer):
+                    await self._swap(scorer)
+                else:
+                    self._tried = None
+                    await self._retire(scorer)
+            elif scorer.kind in PASSING:
                 self._tried = None  # may pass by itself, so the next poll tries again
+
+    async def _is_wanted(self, scorer: Scorer) -> bool:
+        """Loading can take minutes where a bundle is fetched; somebody may have rolled back."""
+        sight = await asyncio.to_thread(self._look, scorer.id)
+        return sight.current is None or sight.current.current == scorer.id
 
     async def _follow(self) -> None:
         while True:
@@ -201,23 +219,16 @@ class Live:
             except Exception:
                 log.exception("following the registry failed; trying again")
 
-    def _look(self) -> _Sight:
+    def _look(self, live_id: str) -> _Sight:
         try:
             current = self._registry.current()
             if current is None:
                 return _Sight(None)
         except RegistryError as error:
             return _Sight(None, str(error))
-        return _Sight(current, files=self._files(current.current))
-
-    def _files(self, bundle_id: str) -> tuple[tuple[str, int, int], ...]:
-        """Nothing when there is no such bundle, which loading it then says in words."""
-        try:
-            folder = self._registry.path(bundle_id)
-            found = sorted((path, path.lstat()) for path in folder.rglob("*"))
-        except (RegistryError, OSError):
-            return ()
-        return tuple((str(path), stat.st_size, stat.st_mtime_ns) for path, stat in found)
+        if current.current == live_id:
+            return _Sight(current)
+        return _Sight(current, files=self._registry.files(current.current))
 
     def _is_live(self, sight: _Sight) -> bool:
         return bool(self._scorer and sight.current and sight.current.current == self._scorer.id)
@@ -236,9 +247,13 @@ class Live:
 
     async def _load(self, bundle_id: str) -> Scorer:
         try:
-            folder = self._registry.path(bundle_id)
+            folder = await in_background(self._registry.path, bundle_id)
+        except RegistryUnavailable as error:
+            raise RefusedError("unavailable", str(error)) from error
         except RegistryError as error:
             raise RefusedError("registry", str(error)) from error
+        except BundleError as error:
+            raise RefusedError("bundle", str(error)) from error
         # What is live already is better than a new bundle without its windows.
         waited_s = time.monotonic() - self._started_s
         may_wait = self._scorer is None and waited_s >= self._settings.store_wait_s

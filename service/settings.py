@@ -20,10 +20,12 @@ class SettingsError(ValueError):
 class Settings:
     """How one service runs. Field names are the environment variables' without `ECDCTR_`."""
 
-    registry: Path
-    """Directory of bundles; it must exist."""
+    registry: str
+    """Where the bundles are: a directory that exists, or the URL of a place in an object store."""
     store: str
     """Where the TPM windows are: a path or a URL, see `embeddings_store.open_store`."""
+    registry_cache: Path | None = None
+    """Directory for bundles that are fetched from a URL; the processes of a machine share it."""
     store_deadline_ms: float = 10.0
     """Longest wait for the windows of one request; after it the request is scored without them."""
     store_copy: str = ""
@@ -84,7 +86,8 @@ class Settings:
         """
         metrics_dir = environ.get("PROMETHEUS_MULTIPROC_DIR")
         return cls(
-            registry=_folder(environ, "ECDCTR_REGISTRY"),
+            registry=_registry(environ),
+            registry_cache=_writable_folder(environ, "ECDCTR_REGISTRY_CACHE"),
             store=_required(environ, "ECDCTR_STORE", "a path or a redis:// URL"),
             store_deadline_ms=_positive(environ, "ECDCTR_STORE_DEADLINE_MS", cls.store_deadline_ms),
             store_copy=environ.get("ECDCTR_STORE_COPY", ""),
@@ -120,11 +123,17 @@ def _required(environ: Mapping[str, str], name: str, expected: str) -> str:
     return value
 
 
-def _folder(environ: Mapping[str, str], name: str) -> Path:
-    path = Path(_required(environ, name, "the directory of the bundle registry"))
-    if not path.is_dir():
-        raise SettingsError(f"{name}={str(path)!r} is not a directory")
-    return path
+def _registry(environ: Mapping[str, str]) -> str:
+    where = _required(environ, "ECDCTR_REGISTRY", "the bundle registry, a directory or a URL")
+    if "://" not in where:
+        if not Path(where).is_dir():
+            raise SettingsError(f"ECDCTR_REGISTRY={where!r} is not a directory")
+    elif not environ.get("ECDCTR_REGISTRY_CACHE"):
+        raise SettingsError(
+            f"ECDCTR_REGISTRY_CACHE is not set; with ECDCTR_REGISTRY={where!r} it must be a"
+            " directory for the bundles that are fetched"
+        )
+    return where
 
 
 def _positive(environ: Mapping[str, str], name: str, default: float) -> float:

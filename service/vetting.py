@@ -33,13 +33,25 @@ from service.windows import WindowSource
 log = logging.getLogger(__name__)
 
 Reason = Literal[
-    "registry", "bundle", "model", "inputs", "golden", "constant", "window", "store", "internal"
+    "registry",
+    "unavailable",
+    "bundle",
+    "model",
+    "inputs",
+    "golden",
+    "constant",
+    "window",
+    "store",
+    "internal",
 ]
-"""registry: current.json, or the bundle that it names, is not there. bundle: files, checksums,
+"""registry: current.json, or the bundle that it names, is not there. unavailable: the bundle could
+not be fetched for now, so it is tried again. bundle: files, checksums,
 spec. model: onnxruntime can't load it. inputs: the graph is not what the manifest says. golden:
 recorded scores are not reproduced. constant: all scores are equal. window: the store has no such
 window. store: it gave no answer, so the bundle is tried again. internal: a fault in the service."""
 
+PASSING: frozenset[Reason] = frozenset({"store", "unavailable"})
+"""What may pass by itself."""
 WARM_UP_SIZES = (1, 50, 200, 500)
 """Candidates per warm-up request: the first run of a shape is slow."""
 _SAME_SCORE = 1e-6

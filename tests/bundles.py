@@ -234,7 +234,7 @@ def point_at(place: Place, bundle_id: str) -> None:
 
 def settings_of(place: Place, **changes: Any) -> Settings:
     """Settings for a service over `place` that notices a promotion at once."""
-    settings = Settings(registry=place.registry.root, store=place.store_url, poll_s=0.02)
+    settings = Settings(registry=str(place.registry.root), store=place.store_url, poll_s=0.02)
     return replace(settings, **changes)
 
 

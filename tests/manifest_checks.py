@@ -19,6 +19,7 @@ from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "POLARS_MAX_THREADS")
+OF_S3 = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_DEFAULT_REGION", "AWS_ENDPOINT_URL")
 START_BUDGET_S = 60
 CLOSE_S = 5
 """What the service needs at least to close after the last request."""
@@ -318,7 +319,7 @@ def environment(docs: list[Doc]) -> Iterator[str]:
     for pod in pods(docs):
         for container in filter(is_ours, pod.containers):
             for name in env_names(docs, container):
-                is_read = f'"{name}"' in ours or name in THREADS
+                is_read = f'"{name}"' in ours or name in (*THREADS, *OF_S3)
                 if not is_read:
                     yield f"{pod.name}: nothing reads {name}"
             if pod.owner["kind"] == "Deployment":
@@ -328,9 +329,15 @@ def environment(docs: list[Doc]) -> Iterator[str]:
 def _refused(docs: list[Doc], container: Doc) -> Iterator[str]:
     values = env_values(docs, container)
     known = {f"ECDCTR_{field.name.upper()}" for field in fields(Settings)}
-    yield from (f"no setting is called {n}" for n in sorted(values.keys() - known - {*THREADS}))
-    if not values.get("ECDCTR_REGISTRY", "").startswith("/workspace/"):
-        yield "the registry is not in the workspace"
+    yield from (
+        f"no setting is called {n}" for n in sorted(values.keys() - known - {*THREADS, *OF_S3})
+    )
+    mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
+    if "://" in (where := values.get("ECDCTR_REGISTRY", "")):
+        values["ECDCTR_REGISTRY"], where = str(ROOT), values.get("ECDCTR_REGISTRY_CACHE", "")
+        values["ECDCTR_REGISTRY_CACHE"] = str(ROOT)
+    if not any(f"{where}/".startswith(f"{folder}/") for folder in mounted):
+        yield f"its registry, or what is fetched from it, is in {where!r}, which is not mounted"
     try:
         Settings.from_env({**values, "ECDCTR_REGISTRY": str(ROOT)})
     except SettingsError as error:
@@ -414,10 +421,16 @@ def workspace(docs: list[Doc]) -> Iterator[str]:
             mounts = {mount["name"]: mount for mount in container.get("volumeMounts", [])}
             is_reader = pod.owner["kind"] == "Deployment"
             mount = mounts.get("workspace")
+            if is_reader and not mount and _is_remote(docs, container):
+                continue
             if is_ours(container) and (not mount or mount["mountPath"] != "/workspace"):
                 yield f"{pod.name}: has no workspace"
             elif mount and bool(mount.get("readOnly")) != is_reader:
                 yield f"{pod.name}: its workspace must be {'read-only' if is_reader else 'written'}"
+
+
+def _is_remote(docs: list[Doc], container: Doc) -> bool:
+    return "://" in env_values(docs, container).get("ECDCTR_REGISTRY", "")
 
 
 def store(docs: list[Doc]) -> Iterator[str]:

@@ -20,6 +20,7 @@ SETS = {
     "base": ("k8s/base",),
     "dev": ("k8s/overlays/dev",),
     "prod": ("k8s/overlays/prod",),
+    "object-store": ("k8s/examples/object-store",),
     "training-nodes": ("k8s/overlays/dev", "k8s/examples/training-nodes"),
 }
 """What is applied together, by name."""

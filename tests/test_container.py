@@ -130,7 +130,7 @@ def _target_faults(dockerfile: Dockerfile, target: str) -> Iterator[str]:
 
 
 def _service_faults(dockerfile: Dockerfile) -> Iterator[str]:
-    if "[train]" in " ".join(v for _, v in dockerfile.steps(dockerfile.build("service"))):
+    if "train" in " ".join(v for _, v in dockerfile.steps(dockerfile.build("service"))):
         yield "service: installs what only training needs"
     health = health_command(dockerfile)
     if health is None:
@@ -163,8 +163,8 @@ def test_the_dockerfile_has_no_fault() -> None:
         ('CMD ["python", "-c", "from', "CMD python -c from", "no health check in exec form"),
         (":8000/livez", ":8000/readyz", "does not ask :8000/livez"),
         ("EXPOSE 8000", "EXPOSE 80", "does not expose 8000"),
-        ("--constraint constraints.txt .\n", ".\n", "installs without constraints.txt"),
-        ("constraints.txt .\n", "constraints.txt .[train]\n", "what only training needs"),
+        ("--constraint constraints.txt '.[s3]'\n", "'.[s3]'\n", "installs without constraints.txt"),
+        ("constraints.txt '.[s3]'\n", "constraints.txt .[train]\n", "what only training needs"),
         ("COPY pyproject.toml", "ADD pyproject.toml", "ADD fetches and unpacks"),
         ("org.opencontainers.image.revision", "revision", "no label org.opencontainers.image.rev"),
         ("EXPOSE", "RUN pip install more --constraint constraints.txt\nEXPOSE", "final image"),

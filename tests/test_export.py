@@ -163,7 +163,7 @@ def test_the_bundle_passes_its_own_check_and_that_of_the_service(tiny_exported: 
     assert manifest.id == tiny_exported.bundle_id
 
     async def go_live() -> str:
-        settings = Settings(Path("unused"), "unused")
+        settings = Settings("unused", "unused")
         source = WindowSource(settings, tiny_exported.workspace.store)
         scorer = await load(tiny_exported.bundle, source, 1000.0)
         await source.let_go(scorer.reader)

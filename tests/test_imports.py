@@ -25,6 +25,8 @@ MAY_IMPORT = {
 TRAINING_ONLY = {"torch", "polars", "pyarrow", "sklearn", "onnx", "onnxscript", "tqdm", "httpx"}
 TRAINING_ONLY |= {"matplotlib", "lightgbm"}
 """Libraries that come with the extra [train], which a machine that serves does not have."""
+FOR_OBJECT_STORES = {"fsspec"}
+"""Comes with the extras [s3] and [gs], and is imported only where a registry is a URL."""
 FOR_LOAD = {"matplotlib", "tqdm", "httpx"}
 """Of these, what a load test shows its results with and compares its client to."""
 
@@ -70,7 +72,7 @@ def violations(package: str, source: str) -> set[str]:
     if package not in ("training", "experiments"):
         bad |= names & (TRAINING_ONLY - FOR_LOAD if package == "loadtest" else TRAINING_ONLY)
     if package == "bundle":
-        bad |= names - sys.stdlib_module_names - {"numpy", "bundle"}
+        bad |= names - sys.stdlib_module_names - {"numpy", "bundle"} - FOR_OBJECT_STORES
     return bad
 
 

@@ -100,9 +100,10 @@ def test_every_job_that_the_handbook_starts_is_there() -> None:
 
 def test_every_secret_of_the_handbook_is_needed() -> None:
     needed = {
-        (name, key)
-        for pod in pods(rendered("dev"))
-        for kind, name, key in referred(pod)
+        (secret, key)
+        for name in ("dev", "object-store")
+        for pod in pods(rendered(name))
+        for kind, secret, key in referred(pod)
         if kind == "Secret"
     }
     assert needed == {(name, key) for name, keys in documented_secrets().items() for key in keys}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from service.errors import InvalidRequestError, MalformedJsonError
 from service.schemas import ScoreRequest
 from service.settings import Settings
 
-LIMITS = Settings(Path("/"), "unused", max_candidates=20, max_history=10)
+LIMITS = Settings("/", "unused", max_candidates=20, max_history=10)
 ODD = [None, True, "", "x" * 129, 1.5, -1, 0, 2**63, 2**64, -(2**63) - 1, [], {}, [[]], "7", 1e300]
 
 scalars = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5))

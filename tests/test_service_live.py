@@ -351,6 +351,32 @@ def test_bundles_of_one_window_share_its_reader_and_outlive_each_other(tmp_path:
         place.store.close()
 
 
+def test_a_bundle_that_was_rolled_back_while_it_was_loaded_does_not_go_live(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = make_place(tmp_path)
+    first = add_live_bundle(place)
+    second = add_bundle(place, bias=1.0)
+    loaded = []
+
+    async def slow(*args: Any, **kwargs: Any) -> Scorer:
+        scorer = await load(*args, **kwargs)
+        if scorer.id == second:
+            place.registry.rollback()
+        loaded.append(weakref.ref(scorer))
+        return scorer
+
+    monkeypatch.setattr("service.live.load", slow)
+    with serving(settings_of(place)) as client:
+        place.registry.promote(second)
+        eventually(lambda: len(loaded) == 2 and loaded[1]() is None)
+        assert live_id(client) == first
+        assert "ecdctr_swaps_total 1.0" in client.get("/metrics").text
+        place.registry.promote(second)  # and a later promotion finds it
+        monkeypatch.setattr("service.live.load", load)
+        eventually(lambda: live_id(client) == second)
+
+
 def test_swaps_under_load_fail_no_request_and_mix_no_scores(tmp_path: Path) -> None:
     place = make_place(tmp_path)
     ids = [add_bundle(place, bias=bias) for bias in (0.0, 0.5)]

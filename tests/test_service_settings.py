@@ -11,7 +11,7 @@ from service.settings import Settings, SettingsError
 
 def test_defaults_need_only_a_registry_and_a_store(tmp_path: Path) -> None:
     settings = Settings.from_env({"ECDCTR_REGISTRY": str(tmp_path), "ECDCTR_STORE": "store"})
-    assert settings == Settings(registry=tmp_path, store="store")
+    assert settings == Settings(registry=str(tmp_path), store="store")
     assert settings.store_deadline_ms == 10
     assert settings.max_body_bytes == 4 * 1024 * 1024
 
@@ -44,7 +44,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
         }
     )
     assert settings == Settings(
-        registry=tmp_path,
+        registry=str(tmp_path),
         store="redis://example:6379",
         store_deadline_ms=2.5,
         store_copy="/copy",

@@ -342,6 +342,7 @@ class _Update:
         if self.workspace.cache:
             return self.workspace
         shared = Workspace(self.workspace.root)
+        shared.registry = self.workspace.registry
         log = TolerantLog(self.workspace.data, self.missing)
         shared.cache = DayCache(log, self.asof + _DAY)
         return shared

@@ -78,6 +78,7 @@ class Workspace:
         self.data = root / "data"
         self.store = EmbeddedStore(root / "store")
         self.registry = Registry(root / "registry")
+        """Who delivers to another one puts that here."""
 
     def log(self) -> EventLog:
         return self.cache.log if self.cache else EventLog(self.data)
