@@ -130,7 +130,8 @@ def _target_faults(dockerfile: Dockerfile, target: str) -> Iterator[str]:
 
 
 def _service_faults(dockerfile: Dockerfile) -> Iterator[str]:
-    if "train" in " ".join(v for _, v in dockerfile.steps(dockerfile.build("service"))):
+    steps = " ".join(v for _, v in dockerfile.steps(dockerfile.build("service")))
+    if re.search(r"\[[^]]*train", steps):
         yield "service: installs what only training needs"
     health = health_command(dockerfile)
     if health is None:

@@ -135,7 +135,7 @@ def test_without_a_promoted_bundle_nothing_is_removed(
 ) -> None:
     (workspace.registry.root / "current.json").unlink()
     said = run.refused(*verb(workspace, url, "gc"))
-    assert said.endswith("no bundle has been promoted; is it the right folder?")
+    assert said.endswith("no bundle has been promoted; is it the right registry?")
     assert len(store.windows()) == 2
 
 
