@@ -7,7 +7,7 @@ PEERS := build/bench/peers/deepctr_torch/ready build/bench/peers/fuxictr/ready
 SERVERS := $(patsubst %,build/bench/peers/%/ready,fastapi litserve bentoml ray_serve mosec)
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: help demo serve test test-load lint check format clean bench-store bench-training bench-serving bench-soak bench-startup check-k8s check-container
+.PHONY: help demo serve test test-load lint check format clean bench-store bench-training bench-serving bench-soak bench-overload bench-startup check-k8s check-container
 
 help: ## Show what there is
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 16
@@ -46,6 +46,10 @@ bench-serving: .venv/dev $(SERVERS) ## This service beside FastAPI, LitServe, Be
 bench-soak: .venv/dev ## An hour at half load, a swap a minute, a store that freezes every ten
 	@test -d $(WORKSPACE)/models || $(MAKE) demo
 	$(BIN)/python -m benchmarks.soak --bundle-from $(WORKSPACE)
+
+bench-overload: .venv/dev ## Twice as many requests as can be answered
+	@test -d $(WORKSPACE)/models || $(MAKE) demo
+	$(BIN)/python -m benchmarks.overload --bundle-from $(WORKSPACE)
 
 bench-startup: .venv/dev ## How soon a bundle of 2.5 GB is served, and what two workers share
 	@test -d $(WORKSPACE)/models || $(MAKE) demo

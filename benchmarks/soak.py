@@ -79,12 +79,12 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
         assert current is not None
         ids = [_second(registry, current.current), current.current]
         promote = [partial(registry.promote, bundle_id) for bundle_id in ids]
-        port, server = free_port(), redis.Redis.from_url(store)
+        server = redis.Redis.from_url(store)
         store_pid = int(server.info("server")["process_id"])
         server.close()
-        with serving(served, port, cores[0], out / "soak.log") as pid:
+        with serving(served, CANDIDATES, cores[0], out / "soak.log") as (pid, port):
             requests = encode(bodies, "127.0.0.1", SCORE_PATH)
-            rate = SHARE * _maximum(port, requests)
+            rate = SHARE * maximum(port, requests)
             runner = Runner(Target("127.0.0.1", port), requests, watch=watch)
             with Memory(pid) as memory:
                 loop.run(runner.run(phases(rate, seconds, promote, store_pid)))
@@ -135,22 +135,24 @@ def _second(registry: Registry, bundle_id: str) -> str:
         return registry.publish(draft)
 
 
-def _maximum(port: int, requests: Sequence[Request]) -> float:
+def maximum(port: int, requests: Sequence[Request]) -> float:
+    """Requests a second of one, two or eight clients that wait for their answers; the most."""
     runner = Runner(Target("127.0.0.1", port), requests)
     found = [loop.run(runner.run_phase(Phase("closed", 2.0, clients=n))) for n in (1, 2, 8)]
     return max(report.ok_per_s for report in found)
 
 
 @contextmanager
-def serving(served: Served, port: int, core: int, log: Path) -> Iterator[int]:
-    """The process of a service with its usual settings, on one core, once it answers."""
+def serving(served: Served, candidates: int, core: int, log: Path) -> Iterator[tuple[int, int]]:
+    """Process and port of a service with its usual settings, on one core, once it answers."""
+    port = free_port()
     command = [sys.executable, "-m", "ecdctr", "--workspace", str(served.workspace.root), "serve"]
     command += ["--port", str(port), "--workers", "1", "--store", served.store]
     pinned = partial(os.sched_setaffinity, 0, {core})
     with started(command, log, preexec_fn=pinned) as process:
-        content = OURS.content(served.bodies[CANDIDATES][0])
+        content = OURS.content(served.bodies[candidates][0])
         await_answer(OURS.name, content, port, process, log)
-        yield process.pid
+        yield process.pid, port
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

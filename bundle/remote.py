@@ -52,9 +52,11 @@ def open_registry(where: str, cache: Path | None = None) -> Registry:
     try:
         from fsspec.core import url_to_fs
 
-        options = _S3 if where.startswith("s3:") else {}
+        is_s3 = where.startswith("s3:")
+        options = _S3 if is_s3 else {}
         files, prefix = url_to_fs(where.rstrip("/"), use_listings_cache=False, **options)
-        files.retries = _TRIES
+        if is_s3:
+            files.retries = _TRIES
     except (ImportError, ValueError) as error:
         raise RegistryError(
             f"registry {where}: {error}; pip install 'ecdctr[s3]' is for s3://"
@@ -89,9 +91,12 @@ class RemoteRegistry(Registry):
         """
         folder = self._folder(bundle_id)
         if not folder.is_dir():
-            with self._alone():
-                if not folder.is_dir():
-                    self._fetch(bundle_id)
+            try:
+                with self._alone():
+                    if not folder.is_dir():
+                        self._fetch(bundle_id)
+            except OSError as error:  # of this machine: no room, no permission
+                raise RegistryUnavailable(f"{self.root}: {error}") from error
         return folder
 
     def ids(self) -> list[str]:
@@ -100,16 +105,18 @@ class RemoteRegistry(Registry):
         listed_s, ids = self._listed
         if time.monotonic() - listed_s < _LISTED_S:
             return ids
+        folder = self._remote("bundles")
         try:
             with self._reaching("bundles"):
-                found = self._files.glob(self._remote("bundles", "*", MANIFEST))
+                # Not glob, which leaves out what it could not list.
+                found = self._files.find(folder)
         except RegistryUnavailable:
             if not ids:
                 raise
             self._listed = (time.monotonic(), ids)
             return ids
-        names = (PurePosixPath(path).parent.name for path in found)
-        ids = sorted(name for name in names if self.is_id(name))
+        parts = [PurePosixPath(path).relative_to(folder).parts for path in found]
+        ids = sorted(p[0] for p in parts if p[1:] == (MANIFEST,) and self.is_id(p[0]))
         self._listed = (time.monotonic(), ids)
         return ids
 
@@ -149,8 +156,10 @@ class RemoteRegistry(Registry):
         """Takes its manifest away, so that it counts no longer, then deletes it; from here too."""
         self.read(bundle_id)
         with self._reaching(f"bundles/{bundle_id}"):
-            self._files.rm_file(self._remote("bundles", bundle_id, MANIFEST))
-            self._files.rm(self._remote("bundles", bundle_id), recursive=True)
+            with suppress(FileNotFoundError):  # a removal that broke off
+                self._files.rm_file(self._remote("bundles", bundle_id, MANIFEST))
+            with suppress(FileNotFoundError):
+                self._files.rm(self._remote("bundles", bundle_id), recursive=True)
         self._listed = (-_LISTED_S, [])
         for kind in ("bundles", "manifests"):
             shutil.rmtree(self._folder(bundle_id, kind), ignore_errors=True)
@@ -189,6 +198,8 @@ class RemoteRegistry(Registry):
         except RegistryUnavailable as error:
             before = self._pointer[0]
             self.current()
+            if self._pointer[1] == content.encode():
+                return  # it was replaced, and only the answer was lost
             if self._pointer[0] == before:
                 raise
             raise RegistryError(
@@ -211,32 +222,44 @@ class RemoteRegistry(Registry):
             raise BundleError(f"{self.name}/bundles/{bundle_id}/{missing[0]}: missing")
 
     def _fetch(self, bundle_id: str) -> None:
-        manifest, objects = self.read(bundle_id), self._objects(bundle_id)
         self._make_room(bundle_id)
-        partial = self.root / f".partial-{bundle_id}"
+        manifest, objects = self.read(bundle_id), self._objects(bundle_id)
+        pointer, partial = self._pointer[0], self.root / f".partial-{bundle_id}"
+        was_begun = partial.is_dir()
         for name in [*manifest.files, MANIFEST]:
             self._check_inside(bundle_id, name)
             if name not in objects:
                 raise BundleError(f"{self.name}/bundles/{bundle_id}/{name}: missing")
-        self._check_room(sum(facts["size"] for facts in objects.values()))
+        there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
+        self._check_room(sum(facts["size"] for facts in objects.values()) - there)
         for name in [*manifest.files, MANIFEST]:
             with self._reaching(f"bundles/{bundle_id}/{name}"):
                 remote = self._remote("bundles", bundle_id, name)
-                self._fetch_file(remote, partial / name, objects[name]["size"])
+                self._fetch_file(remote, partial / name, objects[name]["size"], pointer)
         try:
             verify(partial)
-        except BundleError:
+        except BundleError as error:
             shutil.rmtree(partial)  # or the next try would find the same
+            if was_begun:  # of what may have been another content then
+                raise RegistryUnavailable(f"{error}; it is fetched again from the start") from error
             raise
+        for path in [partial, *partial.rglob("*")]:
+            sync(path)
         folder = self._folder(bundle_id)
         folder.parent.mkdir(exist_ok=True)
         partial.rename(folder)
         sync(folder.parent)
 
-    def _fetch_file(self, remote: str, target: Path, size: int) -> None:
+    def _fetch_file(
+        self, remote: str, target: Path, size: int, pointer: dict[str, Any] | None
+    ) -> None:
+        """Gives up where `current.json` has changed since `pointer`: perhaps somebody rolled back,
+        which must not wait for this."""
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") as file:
             while (start := file.tell()) < size:
+                if start and self.current() is not None and self._pointer[0] != pointer:
+                    raise RegistryUnavailable(f"{self.name}/{POINTER} has changed meanwhile")
                 stop = min(start + _CHUNK_BYTES, size)
                 content = self._files.cat_file(remote, start=start, end=stop)
                 if len(content) != stop - start:
@@ -252,7 +275,9 @@ class RemoteRegistry(Registry):
             needed |= {beside.id for role in ROLES if (beside := current.beside(role))}
         for folder in (self.root / "bundles").glob("*"):
             if folder.name not in needed:
-                shutil.rmtree(folder)
+                folder.rename(self.root / f".removed-{folder.name}")  # in one step
+        for folder in self.root.glob(".removed-*"):
+            shutil.rmtree(folder, ignore_errors=True)
         for folder in self.root.glob(".partial-*"):
             if folder.name.removeprefix(".partial-") not in needed:
                 shutil.rmtree(folder)

@@ -276,6 +276,7 @@ def serve(settings: Settings, host: str, port: int, workers: int | None = None) 
     """
     if settings.traces:
         open_provider().shutdown()  # what is not installed is said here, not by each worker
+    open_registry(settings.registry, settings.registry_cache)  # likewise
     workers = workers or len(os.sched_getaffinity(0))
     if workers == 1:
         _serve_one(_config(settings, host, port, workers))

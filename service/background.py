@@ -20,7 +20,7 @@ NICENESS = 10
 not get to run keeps the event loop waiting too."""
 
 
-async def answer_of(function: Callable[[], _T], otherwise: _T, seconds: float = 1.0) -> _T:
+async def answer_of(function: Callable[[], _T], otherwise: _T, seconds: float = 5.0) -> _T:
     """What the function returns in a thread, or `otherwise` where the registry that it asks gives
     no answer, or none so soon."""
     try:

@@ -86,6 +86,8 @@ class Control:
         try:
             await self._live.vet(bundle_id)
         except RefusedError as refused:
+            if refused.kind == "unavailable":
+                raise HTTPException(503, str(refused)) from refused
             raise HTTPException(409, f"{bundle_id} was refused: {refused}") from refused
 
     async def _answer(self, changed: Current) -> Response:

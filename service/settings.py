@@ -130,7 +130,7 @@ def _registry(environ: Mapping[str, str]) -> str:
             raise SettingsError(f"ECDCTR_REGISTRY={where!r} is not a directory")
     elif not environ.get("ECDCTR_REGISTRY_CACHE"):
         raise SettingsError(
-            f"ECDCTR_REGISTRY_CACHE is not set; with ECDCTR_REGISTRY={where!r} it must be a"
+            f"ECDCTR_REGISTRY={where!r} needs ECDCTR_REGISTRY_CACHE, which is not set; it must be a"
             " directory for the bundles that are fetched"
         )
     return where

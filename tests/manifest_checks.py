@@ -324,6 +324,8 @@ def environment(docs: list[Doc]) -> Iterator[str]:
                     yield f"{pod.name}: nothing reads {name}"
             if pod.owner["kind"] == "Deployment":
                 yield from (f"{pod.name}: {fault}" for fault in _refused(docs, container))
+            elif _is_remote(docs, _service(docs)) and not _is_remote(docs, container):
+                yield f"{pod.name}: has another registry than the service"
 
 
 def _refused(docs: list[Doc], container: Doc) -> Iterator[str]:
@@ -334,7 +336,7 @@ def _refused(docs: list[Doc], container: Doc) -> Iterator[str]:
     )
     mounted = [mount["mountPath"] for mount in container["volumeMounts"]]
     if "://" in (where := values.get("ECDCTR_REGISTRY", "")):
-        values["ECDCTR_REGISTRY"], where = str(ROOT), values.get("ECDCTR_REGISTRY_CACHE", "")
+        where = values.get("ECDCTR_REGISTRY_CACHE", "")
         values["ECDCTR_REGISTRY_CACHE"] = str(ROOT)
     if not any(f"{where}/".startswith(f"{folder}/") for folder in mounted):
         yield f"its registry, or what is fetched from it, is in {where!r}, which is not mounted"
@@ -427,6 +429,12 @@ def workspace(docs: list[Doc]) -> Iterator[str]:
                 yield f"{pod.name}: has no workspace"
             elif mount and bool(mount.get("readOnly")) != is_reader:
                 yield f"{pod.name}: its workspace must be {'read-only' if is_reader else 'written'}"
+
+
+def _service(docs: list[Doc]) -> Doc:
+    deployment = named(docs, "Deployment/ecdctr")
+    container: Doc = deployment["spec"]["template"]["spec"]["containers"][0]
+    return container
 
 
 def _is_remote(docs: list[Doc], container: Doc) -> bool:

@@ -1,23 +1,23 @@
-"""The soak and the start of a large bundle, in a few seconds: they run, and what they say is so."""
+"""The soak, the flood and the start of a large bundle, in a few seconds: they run, and what they
+say is so."""
 
 from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from conftest import Exported
 
-from benchmarks import soak, startup
+from benchmarks import overload, soak, startup
 from benchmarks.figures import Figures
 from benchmarks.processes import Memory
 from bundle.artifact import open_artifact
 from bundle.registry import Registry
-from loadtest.report import Event, Latency, PhaseReport, Plan
-
-DOCS = Path(__file__).parent.parent / "docs"
+from loadtest.report import Event, Latency, PhaseReport, Plan, Second
 
 
 def met(found: Figures) -> dict[str, bool | None]:
@@ -88,6 +88,34 @@ def test_each_thing_that_must_not_happen_is_seen(
     memory.samples = [(5.0, 100_000_000), (25.0, last_mb * 1_000_000)]
     reports = [phase("steady"), phase("swaps", p99_ms=p99_ms), phase("frozen", failed, ok)]
     found = met(soak.figures(reports, memory, rate=5.0))
+    assert {figure for figure, is_met in found.items() if is_met is False} == unmet
+
+
+def test_a_short_flood_leaves_its_figures(
+    tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(overload, "CANDIDATES", 8)
+    workspace, recipe = tiny_exported.workspace, tiny_exported.recipe
+    found = overload.run(workspace, tiny_exported.asof, recipe, tmp_path, seconds=1.5)
+    assert Figures.read(tmp_path / "overload.json").found == found.found
+    values = {figure.figure: figure.value for figure in found.found}
+    assert values["in time at twice the capacity"] > 0
+    assert values["turned away at twice the capacity"] > 0.1
+
+
+@pytest.mark.parametrize(
+    ("in_time", "late", "unmet"),
+    [
+        (4.6, 0, set()),
+        (4.4, 0, {"goodput at twice the capacity, of the capacity"}),
+        (4.6, 1, {"not in time, from 2 s after the flood"}),
+    ],
+)
+def test_a_flood_that_is_not_withstood_is_seen(in_time: float, late: int, unmet: set[str]) -> None:
+    before, peak, flood, after = (phase(name) for name in ("before", "peak", "flood", "after"))
+    seconds = [Second(at, 5, 5, ok, {}, 0, {}, 1.0, 1.0, 1.0) for at, ok in ((1, 0), (3, 5 - late))]
+    reports = [before, peak, replace(flood, ok_per_s=in_time), replace(after, timeline=seconds)]
+    found = met(overload.figures(reports, most=5.0))
     assert {figure for figure, is_met in found.items() if is_met is False} == unmet
 
 

@@ -326,6 +326,14 @@ FAULTS: list[tuple[str, str, str, str, object, str]] = [
         "is in '/elsewhere', which is not mounted",
     ),
     (
+        "environment",
+        "object-store",
+        "CronJob/rollback",
+        f"spec.{UPDATE}.envFrom",
+        GONE,
+        "has another registry than the service",
+    ),
+    (
         "workspace",
         "object-store",
         "ConfigMap/ecdctr",

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -198,6 +199,19 @@ def test_a_download_that_broke_off_goes_on_where_it_was(
     assert sum(size for _, size in asked) == whole - got
 
 
+def test_processes_that_share_a_folder_fetch_a_bundle_once(
+    remote: Place, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle_id = add_bundle(remote)
+    workers = [objects.registry(tmp_path / "shared") for _ in range(3)]
+    asked = counted(workers[0], monkeypatch)  # one file system for all of them
+    with ThreadPoolExecutor(3) as pool:
+        paths = list(pool.map(lambda registry: registry.path(bundle_id), workers))
+    assert len(set(paths)) == 1
+    whole = sum(path.stat().st_size for path in paths[0].rglob("*") if path.is_file())
+    assert sum(size for _, size in asked) == whole
+
+
 def test_a_damaged_object_is_refused_and_fetched_again_once_it_is_right(
     remote: Place, objects: ObjectStore, tmp_path: Path
 ) -> None:
@@ -262,6 +276,81 @@ def test_of_two_who_promote_at_the_same_time_one_is_told_and_nothing_is_lost(
         assert names(other) == (ids[1], before)
     remote.registry.promote(ids[2])
     assert names(other) == (ids[2], ids[1])
+
+
+def test_a_promotion_whose_answer_was_lost_is_no_ones_else(
+    remote: Place, objects: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = [add_bundle(remote, bias=bias) for bias in (0.0, 1.0)]
+    assert isinstance(remote.registry, RemoteRegistry)
+    put = remote.registry._files.pipe_file
+
+    def lost(*args: Any, **kwargs: Any) -> None:
+        put(*args, **kwargs)
+        raise TimeoutError("no answer")
+
+    monkeypatch.setattr(remote.registry._files, "pipe_file", lost)
+    for bundle_id in ids:
+        remote.registry.promote(bundle_id)
+    remote.registry.rollback()
+    assert names(remote.registry) == (ids[0], ids[1])
+
+
+def test_a_list_that_could_not_be_had_is_no_short_list(
+    remote: Place, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_bundle(remote)
+    other = objects.registry(tmp_path / "other")
+    call = other._files._call_s3
+
+    async def slow_down(method: str, *args: Any, **kwargs: Any) -> Any:
+        if method == "list_objects_v2":
+            raise OSError("SlowDown")
+        return await call(method, *args, **kwargs)
+
+    def listing(*_: Any, **__: Any) -> Any:
+        raise OSError("SlowDown")
+
+    monkeypatch.setattr(other._files, "_call_s3", slow_down)
+    monkeypatch.setattr(other._files, "_iterdir", listing)
+    with pytest.raises(RegistryUnavailable, match="SlowDown"):
+        other.ids()
+
+
+def test_a_download_that_went_on_with_another_content_begins_again(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    bundle_id = add_bundle(remote)
+    other = objects.registry(tmp_path / "other")
+    partial = other.root / f".partial-{bundle_id}"
+    partial.mkdir(parents=True)
+    (partial / "actr.onnx").write_bytes(b"of before")
+    with pytest.raises(RegistryUnavailable, match="fetched again from the start"):
+        other.path(bundle_id)
+    assert other.path(bundle_id).is_dir()
+
+
+def test_a_download_ends_where_somebody_promotes_or_rolls_back(
+    remote: Place, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bundle.remote._CHUNK_BYTES", 1000)
+    ids = [add_bundle(remote, bias=bias) for bias in (0.0, 1.0)]
+    for bundle_id in ids:
+        remote.registry.promote(bundle_id)
+    other = objects.registry(tmp_path / "other")
+    read, num = other._files.cat_file, []
+
+    def rolled_back(path: str, **kwargs: Any) -> Any:
+        num.append(path)
+        if len(num) == 5:
+            remote.registry.rollback()
+        return read(path, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(other._files, "cat_file", rolled_back)
+        with pytest.raises(RegistryUnavailable, match="has changed meanwhile"):
+            other.path(ids[1])
+    assert other.path(ids[1]).is_dir()  # whoever wants it all the same
 
 
 def test_the_folder_on_this_machine_holds_what_is_in_use_and_no_more(
@@ -336,10 +425,14 @@ def test_a_manifest_cannot_have_a_file_written_outside(
         objects.registry(tmp_path / "other").path(bundle_id)
 
 
+@pytest.mark.parametrize("broke_off", [False, True])
 def test_removing_takes_the_bundle_away_here_and_there(
-    remote: Place, objects: ObjectStore, tmp_path: Path
+    remote: Place, objects: ObjectStore, tmp_path: Path, broke_off: bool
 ) -> None:
     ids = [add_bundle(remote, bias=bias) for bias in (0.0, 1.0)]
+    if broke_off:
+        remote.registry.read(ids[0])
+        objects.files.rm_file(objects.path("bundles", ids[0], MANIFEST))
     remote.registry.remove(ids[0])
     assert objects.registry(tmp_path / "other").ids() == [ids[1]]
     assert remote.registry.ids() == [ids[1]]

@@ -17,6 +17,10 @@ from training.update import TIERS
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "experiments.md").read_text()
+PAGES = {"bench-store": "store.md"} | dict.fromkeys(
+    ["bench-soak", "bench-overload", "bench-startup"], "benchmarks-endurance.md"
+)
+"""Of benchmarks whose page has another name than they."""
 STORED = sorted((DOCS / "results" / "experiments").glob("*.json"))
 
 
@@ -78,9 +82,7 @@ def test_the_stored_table_of_the_replay_is_of_the_stored_days() -> None:
 )
 def test_the_page_of_a_benchmark_has_the_table_that_was_stored(name: str) -> None:
     found = Figures.read(DOCS / "results" / f"{name}.json")
-    page = DOCS / {"bench-store": "store.md"}.get(
-        name, f"{name.replace('bench-', 'benchmarks-')}.md"
-    )
+    page = DOCS / PAGES.get(name, f"{name.replace('bench-', 'benchmarks-')}.md")
     assert str(found) in page.read_text()
 
 

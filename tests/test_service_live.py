@@ -290,6 +290,29 @@ def test_a_replaced_bundle_is_freed_at_once_and_not_by_a_collection(
         place.store.close()
 
 
+def test_a_bundle_that_a_circle_holds_is_freed_by_the_swap_after_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[Any] = []
+
+    async def in_a_circle(*args: Any, **kwargs: Any) -> Scorer:
+        scorer = await load(*args, **kwargs)
+        held.append([scorer])
+        held[-1].append(held[-1])
+        return scorer
+
+    monkeypatch.setattr("service.live.load", in_a_circle)
+    place = make_place(tmp_path)
+    add_live_bundle(place)
+    with serving(settings_of(place)) as client:
+        monkeypatch.setattr("service.live.load", load)
+        first = weakref.ref(held.pop()[0])  # frozen with its circle, which nothing else refers to
+        for bias, is_there in ((1.0, True), (2.0, False)):
+            wanted = add_live_bundle(place, bias=bias)
+            eventually(lambda wanted=wanted: live_id(client) == wanted)  # type: ignore[misc]
+            eventually(lambda is_there=is_there: (first() is not None) == is_there)  # type: ignore[misc]
+
+
 class AbsentReader:
     """A reader whose store never answers; remembers its errors as long as they are there."""
 

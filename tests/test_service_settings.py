@@ -74,6 +74,8 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     [
         ("ECDCTR_REGISTRY", "", "is not set"),
         ("ECDCTR_REGISTRY", "/no/such/folder", "is not a directory"),
+        ("ECDCTR_REGISTRY", "s3://bucket/prefix", "needs ECDCTR_REGISTRY_CACHE"),
+        ("ECDCTR_REGISTRY_CACHE", "/no/such/folder", "is not a directory that can be written"),
         ("ECDCTR_STORE", "", "is not set"),
         ("ECDCTR_STORE_DEADLINE_MS", "0", "must be a number above 0"),
         ("ECDCTR_STORE_DEADLINE_MS", "inf", "must be a number above 0"),
