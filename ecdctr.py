@@ -436,7 +436,7 @@ def _schedule(options: argparse.Namespace) -> Schedule:
 
 
 def _registry_name(options: argparse.Namespace) -> str:
-    given: str = getattr(options, "registry", None) or os.environ.get("ECDCTR_REGISTRY", "")
+    given: str = options.registry or os.environ.get("ECDCTR_REGISTRY", "")
     return given or str(options.workspace / "registry")
 
 

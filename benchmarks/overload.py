@@ -8,13 +8,12 @@ what it answers to clients that wait for their answers.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 
 from benchmarks.figures import Figures
-from benchmarks.serving import arguments_of, newest_asof, on_core
+from benchmarks.serving import arguments_of, model_of, on_core
 from benchmarks.serving_model import make
 from benchmarks.soak import maximum, serving
 from loadtest import loop
@@ -26,7 +25,7 @@ from loadtest.report import PhaseReport, table
 from loadtest.run import Phase, Runner
 from training.demo import running_redis
 from training.recipes import Recipe, complete_journey
-from training.workspace import Workspace, WorkspaceError
+from training.workspace import Workspace
 
 CANDIDATES, BODIES = 500, 40
 IN_TIME_S = 0.1
@@ -73,11 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = arguments_of("A flood of requests.")
     parser.add_argument("--seconds", type=float, default=15.0, help="a phase (%(default)s)")
     options = parser.parse_args(arguments)
-    workspace = Workspace(options.bundle_from)
-    try:
-        asof = newest_asof(workspace)
-    except WorkspaceError as error:
-        sys.exit(f"benchmarks.overload: {error}")
+    workspace, asof = model_of(options, "benchmarks.overload")
     print(run(workspace, asof, complete_journey(), options.out.resolve(), options.seconds))
 
 

@@ -12,6 +12,7 @@ import argparse
 import http.client
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -297,6 +298,18 @@ def newest_asof(workspace: Workspace) -> date:
     return day
 
 
+def model_of(options: argparse.Namespace, name: str) -> tuple[Workspace, date]:
+    """The workspace that a benchmark was told and the day of its newest A-CTR; ends the process
+    where there is none. From then on SIGTERM is an exit, so that servers end too."""
+    workspace = Workspace(options.bundle_from)
+    try:
+        asof = newest_asof(workspace)
+    except WorkspaceError as error:
+        sys.exit(f"{name}: {error}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    return workspace, asof
+
+
 def arguments_of(text: str) -> argparse.ArgumentParser:
     """What the benchmarks of a trained model are told."""
     parser = argparse.ArgumentParser(description=text)
@@ -311,12 +324,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = arguments_of("This service beside other servers.")
     parser.add_argument("--quick", action="store_true", help="small, and without the peers")
     options = parser.parse_args(arguments)
-    workspace = Workspace(options.bundle_from)
     size, others = (QUICK, ()) if options.quick else (Size(), OTHERS)
-    try:
-        asof = newest_asof(workspace)
-    except WorkspaceError as error:
-        sys.exit(f"benchmarks.serving: {error}")
+    workspace, asof = model_of(options, "benchmarks.serving")
     print(run(workspace, asof, complete_journey(), options.out.resolve(), size, others))
 
 

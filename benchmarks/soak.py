@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ import redis
 
 from benchmarks.figures import Figures
 from benchmarks.processes import Memory
-from benchmarks.serving import arguments_of, newest_asof, on_core
+from benchmarks.serving import arguments_of, model_of, on_core
 from benchmarks.serving_model import Served, make
 from benchmarks.serving_peers import OURS, await_answer, free_port, started
 from bundle.manifest import seal
@@ -38,7 +37,7 @@ from loadtest.report import Limits, PhaseReport, Report, table
 from loadtest.run import Phase, Runner
 from training.demo import running_redis
 from training.recipes import Recipe, complete_journey
-from training.workspace import Workspace, WorkspaceError
+from training.workspace import Workspace
 
 CANDIDATES = 200
 BODIES = 40
@@ -159,12 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = arguments_of("An hour at half load.")
     parser.add_argument("--seconds", type=float, default=3600.0, help="(default: %(default)s)")
     options = parser.parse_args(arguments)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the servers end too
-    workspace = Workspace(options.bundle_from)
-    try:
-        asof = newest_asof(workspace)
-    except WorkspaceError as error:
-        sys.exit(f"benchmarks.soak: {error}")
+    workspace, asof = model_of(options, "benchmarks.soak")
     print(run(workspace, asof, complete_journey(), options.out.resolve(), options.seconds))
 
 

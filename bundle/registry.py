@@ -57,6 +57,12 @@ class Current:
         """The bundle in that role."""
         return self.canary if role == "canary" else self.shadow
 
+    @property
+    def named(self) -> frozenset[str]:
+        """Ids of all bundles that are live, may be by a rollback, or are beside the live one."""
+        beside = [one.id for role in ROLES if (one := self.beside(role))]
+        return frozenset([self.current, *beside, *([self.previous] if self.previous else [])])
+
 
 class Registry:
     """A directory of bundles with one of them promoted."""
@@ -118,12 +124,11 @@ class Registry:
                 f"{self.name}: no bundle has been promoted; is it the right registry?"
             )
         live = self.read(current.current)
-        named = {current.current, current.previous}
-        named |= {beside.id for role in ROLES if (beside := current.beside(role))}
         return [
             manifest
             for manifest in map(self.read, self.ids())
-            if manifest.id in named or (manifest.asof >= live.asof and not refusals(manifest))
+            if manifest.id in current.named
+            or (manifest.asof >= live.asof and not refusals(manifest))
         ]
 
     def prunable(self, keep: int) -> list[str]:
@@ -138,9 +143,7 @@ class Registry:
 
     def remove(self, bundle_id: str) -> None:
         """Takes a bundle away in one step, then deletes it; who has it open keeps its pages."""
-        hidden = self.root / f".removed-{bundle_id}"
-        self.path(bundle_id).rename(hidden)
-        shutil.rmtree(hidden)
+        self._delete(self.path(bundle_id))
 
     @contextmanager
     def draft(self) -> Iterator[Path]:
@@ -252,6 +255,12 @@ class Registry:
                 raise RegistryError(f"{self.name}: no previous bundle to roll back to")
             self._verify(before.previous)
             return self._write(replace(before, current=before.previous, previous=before.current))
+
+    def _delete(self, folder: Path) -> None:
+        hidden = self.root / f".removed-{folder.name}"
+        shutil.rmtree(hidden, ignore_errors=True)  # of a removal that broke off
+        folder.rename(hidden)
+        shutil.rmtree(hidden)
 
     def _check_gates(self, bundle_id: str) -> None:
         if reasons := refusals(self.read(bundle_id)):

@@ -8,7 +8,6 @@ step, whole and verified. What was fetched of it before is not fetched again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import threading
@@ -20,7 +19,6 @@ from typing import Any
 
 from bundle.manifest import MANIFEST, BundleError, Manifest, read_manifest, verify
 from bundle.registry import (
-    ROLES,
     Current,
     Registry,
     RegistryError,
@@ -92,7 +90,8 @@ class RemoteRegistry(Registry):
         folder = self._folder(bundle_id)
         if not folder.is_dir():
             try:
-                with self._alone():
+                # One process of this machine fetches, the others find what it fetched.
+                with super()._locked():
                     if not folder.is_dir():
                         self._fetch(bundle_id)
             except OSError as error:  # of this machine: no room, no permission
@@ -105,18 +104,16 @@ class RemoteRegistry(Registry):
         listed_s, ids = self._listed
         if time.monotonic() - listed_s < _LISTED_S:
             return ids
-        folder = self._remote("bundles")
         try:
-            with self._reaching("bundles"):
-                # Not glob, which leaves out what it could not list.
-                found = self._files.find(folder)
+            found = self._objects("bundles")
         except RegistryUnavailable:
             if not ids:
                 raise
             self._listed = (time.monotonic(), ids)
             return ids
-        parts = [PurePosixPath(path).relative_to(folder).parts for path in found]
-        ids = sorted(p[0] for p in parts if p[1:] == (MANIFEST,) and self.is_id(p[0]))
+        end = f"/{MANIFEST}"
+        folders = (name.removesuffix(end) for name in found if name.endswith(end))
+        ids = sorted(filter(self.is_id, folders))
         self._listed = (time.monotonic(), ids)
         return ids
 
@@ -136,7 +133,7 @@ class RemoteRegistry(Registry):
 
     def files(self, bundle_id: str) -> tuple[tuple[str, str], ...]:
         try:
-            found = self._objects(bundle_id)
+            found = self._objects("bundles", bundle_id)
         except RegistryError:
             return ()
         return tuple((name, repr(sorted(facts.items()))) for name, facts in sorted(found.items()))
@@ -162,7 +159,8 @@ class RemoteRegistry(Registry):
                 self._files.rm(self._remote("bundles", bundle_id), recursive=True)
         self._listed = (-_LISTED_S, [])
         for kind in ("bundles", "manifests"):
-            shutil.rmtree(self._folder(bundle_id, kind), ignore_errors=True)
+            if (folder := self._folder(bundle_id, kind)).is_dir():
+                self._delete(folder)
 
     def current(self) -> Current | None:
         """What is promoted; read again only where the object store says that it has changed.
@@ -217,25 +215,32 @@ class RemoteRegistry(Registry):
     def _verify(self, bundle_id: str) -> None:
         """All of its files are there. Who serves it checks what is in them: a rollback must not
         wait until they are fetched."""
-        names = {*self.read(bundle_id).files, MANIFEST}
-        if missing := sorted(names - self._objects(bundle_id).keys()):
-            raise BundleError(f"{self.name}/bundles/{bundle_id}/{missing[0]}: missing")
+        self._sizes(bundle_id)
 
-    def _fetch(self, bundle_id: str) -> None:
-        self._make_room(bundle_id)
-        manifest, objects = self.read(bundle_id), self._objects(bundle_id)
-        pointer, partial = self._pointer[0], self.root / f".partial-{bundle_id}"
-        was_begun = partial.is_dir()
-        for name in [*manifest.files, MANIFEST]:
+    def _sizes(self, bundle_id: str) -> dict[str, int]:
+        """Bytes of each file of a bundle, all of which are there."""
+        objects, sizes = self._objects("bundles", bundle_id), {}
+        for name in [*self.read(bundle_id).files, MANIFEST]:
             self._check_inside(bundle_id, name)
             if name not in objects:
                 raise BundleError(f"{self.name}/bundles/{bundle_id}/{name}: missing")
+            sizes[name] = int(objects[name]["size"])
+        return sizes
+
+    def _fetch(self, bundle_id: str) -> None:
+        self._make_room(bundle_id)
+        partial, sizes = self.root / f".partial-{bundle_id}", self._sizes(bundle_id)
+        pointer, was_begun = self._pointer[0], partial.is_dir()
         there = sum(path.stat().st_size for path in partial.rglob("*") if path.is_file())
-        self._check_room(sum(facts["size"] for facts in objects.values()) - there)
-        for name in [*manifest.files, MANIFEST]:
+        self._check_room(sum(sizes.values()) - there)
+        for name, size in sizes.items():
             with self._reaching(f"bundles/{bundle_id}/{name}"):
                 remote = self._remote("bundles", bundle_id, name)
-                self._fetch_file(remote, partial / name, objects[name]["size"], pointer)
+                self._fetch_file(remote, partial / name, size, pointer)
+        self._finish(bundle_id, partial, was_begun)
+
+    def _finish(self, bundle_id: str, partial: Path, was_begun: bool) -> None:
+        """Verifies what was fetched, and puts it where `path` finds it."""
         try:
             verify(partial)
         except BundleError as error:
@@ -269,15 +274,12 @@ class RemoteRegistry(Registry):
     def _make_room(self, bundle_id: str) -> None:
         """Removes what `current.json` does not name; who has it open keeps its pages."""
         current = self.current()
-        needed: set[str | None] = {bundle_id}
-        if current is not None:
-            needed |= {current.current, current.previous}
-            needed |= {beside.id for role in ROLES if (beside := current.beside(role))}
+        needed = {bundle_id, *(current.named if current else ())}
         for folder in (self.root / "bundles").glob("*"):
             if folder.name not in needed:
-                folder.rename(self.root / f".removed-{folder.name}")  # in one step
+                self._delete(folder)
         for folder in self.root.glob(".removed-*"):
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # of a removal that broke off
         for folder in self.root.glob(".partial-*"):
             if folder.name.removeprefix(".partial-") not in needed:
                 shutil.rmtree(folder)
@@ -300,10 +302,11 @@ class RemoteRegistry(Registry):
         except FileNotFoundError:
             raise self.unknown(bundle_id) from None
 
-    def _objects(self, bundle_id: str) -> dict[str, dict[str, Any]]:
-        """What the object store says of each file of a bundle, by name."""
-        folder = self._remote("bundles", bundle_id)
-        with self._reaching(f"bundles/{bundle_id}"):
+    def _objects(self, *folders: str) -> dict[str, dict[str, Any]]:
+        """What the object store says of each object in a folder, by its path there."""
+        folder = self._remote(*folders)
+        with self._reaching("/".join(folders)):
+            # Not glob, which leaves out what it could not list.
             found = self._files.find(folder, detail=True)
         return {str(PurePosixPath(path).relative_to(folder)): found[path] for path in found}
 
@@ -314,14 +317,6 @@ class RemoteRegistry(Registry):
 
     def _remote(self, *parts: str) -> str:
         return "/".join((self._prefix, *parts))
-
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """One process of this machine fetches, the others find what it fetched."""
-        self.root.mkdir(parents=True, exist_ok=True)
-        with (self.root / ".lock").open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            yield
 
     @contextmanager
     def _reaching(self, what: str) -> Iterator[None]:
