@@ -20,6 +20,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     settings = Settings.from_env(
         {
             "ECDCTR_REGISTRY": str(tmp_path),
+            "ECDCTR_REGISTRY_CACHE": str(tmp_path),
             "ECDCTR_STORE": "redis://example:6379",
             "ECDCTR_STORE_DEADLINE_MS": "2.5",
             "ECDCTR_STORE_COPY": "/copy",
@@ -45,6 +46,7 @@ def test_every_variable_is_read(tmp_path: Path) -> None:
     )
     assert settings == Settings(
         registry=str(tmp_path),
+        registry_cache=tmp_path,
         store="redis://example:6379",
         store_deadline_ms=2.5,
         store_copy="/copy",
