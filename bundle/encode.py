@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from bundle.ids import Id, Keys, hash_ids
 from bundle.items import ItemTable
+from bundle.known import UNKNOWN, KnownRows
 from bundle.match import History
 from bundle.spec import Entity, Feature, Spec
 
@@ -43,7 +44,8 @@ class FeatureError(ValueError):
 @dataclass(frozen=True)
 class Request:
     """One user and N candidates. Column lengths must agree: history columns with each other,
-    `item_features` columns with `item_ids`."""
+    `item_features` columns with `item_ids`. Columns may be arrays: int64 of ids, int64 or float64
+    of numbers."""
 
     user_id: Id
     item_ids: Sequence[Id]
@@ -99,7 +101,7 @@ class Encoder:
         self._given = _given(self._item)
         item_cat = [f.name for f in self._item.categorical]
         self._match_columns = [item_cat.index(name) for name in spec.history.match]
-        self._rows: dict[Id, int] = {}
+        self._rows = KnownRows()
 
     def categorical(
         self, feature: Feature, values: Sequence[Value], field: str
@@ -159,19 +161,17 @@ class Encoder:
         }
 
     def _look_up(self, ids: Sequence[Id]) -> tuple[Keys, npt.NDArray[np.int64]]:
-        """Keys and rows of items. Those that are known are remembered, since a look-up in a
-        dictionary takes a fifth of hashing an id; unknown ones are not, for they have no bound."""
-        known = self._rows
-        rows = np.fromiter(map(known.get, ids, repeat(-1)), np.int64, len(ids))
-        table = self.items.keys
+        """Keys and rows of items. Those that are in the table are remembered; unknown ones are
+        not, for they have no bound."""
+        rows, table = self._rows.find(ids), self.items.keys
         keys = table.take(rows, mode="clip") if len(table) else np.zeros(len(ids), np.uint64)
-        new = np.flatnonzero(rows < 0)
+        new = np.flatnonzero(rows == UNKNOWN)
         if new.size:
-            texts = [ids[place] for place in new.tolist()]
-            keys[new] = hash_ids(texts)
+            asked = _at_places(ids, new)
+            keys[new] = hash_ids(asked)
             rows[new] = found = self.items.rows(keys[new])
-            is_known = found < self.items.missing_row
-            known.update((texts[place], int(found[place])) for place in np.flatnonzero(is_known))
+            is_known = np.flatnonzero(found < self.items.missing_row)
+            self._rows.learn(_at_places(asked, is_known), found[is_known])
         return keys, rows
 
     def _check(self, request: Request) -> None:
@@ -504,10 +504,16 @@ def _in_column(field: str) -> _At:
 
 
 def _check_ids(ids: Sequence[object], at: _At) -> None:
-    if not set(map(type, ids)) <= {str, int}:
+    if not isinstance(ids, np.ndarray) and not set(map(type, ids)) <= {str, int}:
         for place, value in enumerate(ids):
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise FeatureError(at(place), value, "a string or an integer")
+
+
+def _at_places(ids: Sequence[Id], places: npt.NDArray[np.int64]) -> Sequence[Id]:
+    if isinstance(ids, np.ndarray):
+        return ids[places]
+    return [ids[place] for place in places.tolist()]
 
 
 def _check_names(given: Mapping[str, object], known: set[str], field: str) -> None:

@@ -34,7 +34,7 @@ class IdCollisionError(ValueError):
 
 def hash_ids(ids: Sequence[Id]) -> Keys:
     """Keys uint64 [n], each in 1 .. 2**63 - 1, of n ids. Key 0 is never returned: it pads."""
-    texts = [str(value) for value in ids]
+    texts = list(map(str, ids.tolist() if isinstance(ids, np.ndarray) else ids))
     if len(texts) <= _FEW:
         return np.array([_key(text) for text in texts], np.uint64)
     joined = "".join(texts)

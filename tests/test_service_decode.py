@@ -7,7 +7,6 @@ import json
 from typing import Any
 
 import numpy as np
-import orjson
 import pytest
 from bundles import ITEMS, add_bundle, body, make_place
 from hypothesis import given, settings
@@ -15,10 +14,11 @@ from hypothesis import strategies as st
 
 from bundle.artifact import open_artifact
 from bundle.encode import Encoder, FeatureError
-from service.decode import _UnusualError, _usual, _validated, decode
+from service.decode import _validated, decode
 from service.errors import InvalidRequestError, MalformedJsonError
 from service.schemas import ScoreRequest
 from service.settings import Settings
+from service.usual import usual
 
 LIMITS = Settings("/", "unused", max_candidates=20, max_history=10)
 ODD = [None, True, "", "x" * 129, 1.5, -1, 0, 2**63, 2**64, -(2**63) - 1, [], {}, [[]], "7", 1e300]
@@ -52,16 +52,9 @@ def by_pydantic(text: bytes) -> ScoreRequest | None:
         return None
 
 
-def quickly(text: bytes) -> ScoreRequest | None:
-    try:
-        return _usual(orjson.loads(text))
-    except (orjson.JSONDecodeError, _UnusualError):
-        return None
-
-
 def check(encoder: Encoder, text: bytes) -> bool:
     """Whether the short way took it, in which case pydantic does too, and means the same."""
-    quick = quickly(text)
+    quick = usual(text)
     if quick is None:
         return False
     right = by_pydantic(text)
@@ -168,3 +161,53 @@ def test_limits_hold_on_the_short_way_too() -> None:
     decode(written(body(candidates={"id": list(range(20))})), LIMITS)
     with pytest.raises(InvalidRequestError, match=r"candidates\.id"):
         decode(written(body(candidates={"id": list(range(21))})), LIMITS)
+
+
+USER, ADS = b'"user": {"id": 1}', b'"candidates": {"id": [1, 2]}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"\xef\xbb\xbf{" + USER + b", " + ADS + b"}",
+        b"{" + USER + b", " + USER + b", " + ADS + b"}",
+        b'{"user": {"id": 1, "features": {"income": 1, "income": 2}}, ' + ADS + b"}",
+        b"{" + USER + b', "candidates": {"id": [1], "features": {"price": [1], "price": [2]}}}',
+        b"{" + USER + b', "candidates": {"id": [1], "features": {"price\\u0000": [1]}}}',
+        b"{" + USER + b', "context": {"hour\\u0000": 1, "hour": 2}, ' + ADS + b"}",
+        b"{" + USER + b', "candidates": {"id": [[1], [2]]}}',
+        b"{" + USER + b', "candidates": {"id": [1, [2]]}}',
+        b"{" + USER + b', "candidates": {"id": [1, 2], "features": {"price": [[1, 2], []]}}}',
+        b"{" + USER + b", " + ADS + b"} {}",
+        b"{" + USER + b', "candidates": {"id": [1, 12345678901234567890]}}',
+        b"{" + USER + b', "candidates": {"id": [1], "features": {"price": [1e999]}}}',
+        b'{"user": {"id": "\\ud800"}, ' + ADS + b"}",
+        b'{"user": {"id": "\xff"}, ' + ADS + b"}",
+        b"{" + USER + b', "context": ' + b"[" * 2000 + b"]" * 2000 + b", " + ADS + b"}",
+    ],
+    ids=range(15),
+)
+def test_texts_that_parsers_read_differently_mean_what_pydantic_says(
+    encoder: Encoder, text: bytes
+) -> None:
+    check(encoder, text)
+
+
+def test_brackets_in_texts_are_no_arrays(encoder: Encoder) -> None:
+    document = body(num=2)
+    document["candidates"]["features"] = {"category": ["[food]", "games"], "price": [1, 2.5]}
+    assert check(encoder, written(document))
+
+
+def test_integers_and_floats_in_one_column_are_numbers(encoder: Encoder) -> None:
+    document = body(num=3)
+    document["candidates"]["features"] = {"price": [1, 2.5, 3]}
+    assert check(encoder, written(document))
+
+
+@pytest.mark.parametrize("largest", [2**63 - 1, 2**63, -(2**63), -(2**63) - 1])
+def test_integers_end_where_64_bits_end(encoder: Encoder, largest: int) -> None:
+    document = body(candidates={"id": [1, largest]})
+    is_one = -(2**63) <= largest < 2**63
+    assert check(encoder, written(document)) == is_one
+    assert (by_pydantic(written(document)) is not None) == is_one

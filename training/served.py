@@ -16,6 +16,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from bundle.spec import Spec
 from training.examples import Batch
@@ -91,17 +92,17 @@ class RequestSide(nn.Module):
     user_weight: Tensor
     user_fact_weight: Tensor
     bias: Tensor
-    offset: Tensor
 
     def __init__(self, network: Network, spec: Spec, offset: float) -> None:
         super().__init__()
         self.network = network
-        self.register_buffer("offset", torch.tensor(offset, dtype=torch.float32))
         weights = Weights(network)
         user = [linear.user for linear in weights.linears]
         self.register_buffer("user_weight", torch.cat([one.weight for one in user]).detach())
         attention, bias = network.attention.value, torch.cat([one.bias for one in user]).detach()
-        self.register_buffer("bias", bias + weights.attention @ attention.bias.detach())
+        bias = bias + weights.attention @ attention.bias.detach()
+        bias[-1] += network.logit.bias.detach()[0] + offset
+        self.register_buffer("bias", bias)
         pooled = weights.attention @ attention.weight.detach()
         given = _GivenNumbers(network, spec, weights.numbers)
         columns = [pooled, weights.match, given.weight]
@@ -129,7 +130,7 @@ class RequestSide(nn.Module):
     def forward(self, *inputs: Tensor) -> Tensor:
         """Probabilities float32 [N] of the inputs, in the order of `names`."""
         x = dict(zip(self.names(), inputs, strict=True))
-        logit = (self._logit(x) + self.offset).clamp(-60.0, 60.0)
+        logit = self._logit(x).clamp(-60.0, 60.0)
         # Spelled out: onnxruntime's Sigmoid is exact to 1e-7 only, which makes most ads equal.
         return 1.0 / (1.0 + torch.exp(-logit))
 
@@ -153,23 +154,33 @@ class RequestSide(nn.Module):
             of_user = torch.cat([mixed_user[:, size:], known.to(mixed_user.dtype)], dim=1)
             once = once + self.user_facts(of_user) @ self.user_fact_weight.T
             each.append(self.dot(mixed @ mixed_user[0, :size, None]))
-        sums = share + once + torch.cat(each, 1) @ self.weight.T
-        for column, table in enumerate(self.given_tables):
-            sums = sums + table(x["given_cat"][:, column])
+        sums = torch.addmm(share + self._added(x, once), torch.cat(each, 1), self.weight.T)
         left, right, first, wide = torch.split(sums, self.sizes, dim=1)
-        hidden = torch.relu(first + network.interaction(left * right))
+        hidden = torch.relu(torch.addmm(first, left * right, network.interaction.weight.T))
         hidden = torch.relu(network.second(hidden))
-        logit: Tensor = network.logit(hidden) + wide
-        return logit[:, 0]
+        return torch.addmm(wide, hidden, network.logit.weight.T).squeeze(1)
+
+    def _added(self, x: Batch, once_1H: Tensor) -> Tensor:
+        """float32 [N or 1, H]: the user's share and those of the features that a request gives."""
+        total = once_1H
+        for column, table in enumerate(self.given_tables):
+            rows, index = cast("Tensor", table.weight), x["given_cat"][:, column]
+            if column:
+                total = total + functional.embedding(index, rows)
+            else:  # added to the few rows of a table, and not to N of them
+                total = functional.embedding(index, rows + total)
+        return total
 
     def _pooled(self, x: Batch, query_NS: Tensor) -> Tensor:
         """The history as each candidate attends to it, float32 [N, S], before its projection."""
         steps_AS = torch.cat(
             [self.network.matched_fields(x["history_cat"]), torch.log1p(x["history_num"])], dim=2
         )[0]
-        present_A = x["history_item"] > 0
-        scores_NA = torch.where(present_A, query_NS @ steps_AS.T, -1e9)
-        return (torch.softmax(scores_NA, dim=1) * present_A) @ steps_AS
+        present_1A = (x["history_item"] > 0).to(steps_AS.dtype)
+        absent_1A = (present_1A - 1.0) * 1e9
+        weights_NA = torch.softmax(torch.addmm(absent_1A, query_NS, steps_AS.T), dim=1)
+        # Without any step all weights are those of absent ones, which are zeros here.
+        return weights_NA @ (steps_AS * present_1A.T)
 
 
 class _GivenNumbers(nn.Module):
