@@ -55,7 +55,8 @@ class Phase:
 
 
 class Runner:
-    """Runs phases against one target; `stop` ends the one that runs and all that would follow."""
+    """Runs phases against one target, on one event loop; `stop` ends the one that runs and all that
+    would follow."""
 
     def __init__(
         self,

@@ -130,7 +130,9 @@ class Traffic:
 async def _first_of(*events: asyncio.Event) -> None:
     waits = [asyncio.create_task(event.wait()) for event in events]
     try:
-        await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        ended, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        for wait in ended:
+            wait.result()  # an event of another loop did not happen, it failed
     finally:
         for wait in waits:
             wait.cancel()

@@ -27,6 +27,7 @@ from commands import ROOT
 from scipy import stats
 from servers import free_port
 
+from benchmarks.soak import maximum
 from bundle.golden import body_of
 from loadtest import loop
 from loadtest.address import resolve
@@ -456,6 +457,22 @@ class TestCounts:
         assert report.due == report.ok + report.unfinished
         assert report.unfinished > 0
         assert 0 < report.seconds < DEADLINE_S
+
+
+class TestLoops:
+    def test_phases_on_another_loop_are_an_error_and_not_a_phase_that_sends_nothing(self) -> None:
+        with scripted(constantly(scores())) as server:
+            wire = encode([BODY], "test", "/v1/score")
+            runner = Runner(Target("127.0.0.1", server.port, connections=4), wire)
+            loop.run(runner.run_phase(steady(0.2)))
+            with pytest.raises(RuntimeError, match="different event loop"):
+                loop.run(runner.run_phase(steady(0.2)))
+
+    def test_the_capacity_is_that_of_the_best_number_of_clients(self) -> None:
+        with scripted(constantly(scores()), delay_s=0.05) as server:
+            wire = encode([BODY], "test", "/v1/score")
+            # One client gets 20 answers a second, and eight get 160.
+            assert 80 < maximum(server.port, wire, seconds=0.5) <= 161
 
 
 class TestDisturbances:
