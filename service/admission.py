@@ -20,6 +20,7 @@ from typing import NoReturn
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from service.answers import at_once
 from service.errors import DeadlineExceededError, OverloadedError, problem
 from service.metrics import Metrics
 
@@ -247,12 +248,7 @@ def _asked_for_s(body: bytes) -> float:
 
 
 def _is_gone(receive: Receive) -> bool:
-    """Whether the caller has closed the connection. Asked without waiting: a connection that is
-    open has nothing to say after its body, so the first step of `receive` does not end."""
-    step = receive().__await__()
-    try:
-        next(step)
-    except StopIteration as ended:
-        return bool(ended.value["type"] == "http.disconnect")
-    step.close()
-    return False
+    """Whether the caller has closed the connection: one that is open has nothing to say after its
+    body."""
+    message = at_once(receive())
+    return message is not None and message["type"] == "http.disconnect"

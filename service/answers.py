@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Awaitable
+
 import orjson
 from starlette.responses import Response
 from starlette.types import Message, Scope, Send
@@ -24,6 +26,18 @@ def route_of(scope: Scope) -> str:
     """The template of the route that took a request, never its path; "unknown" before one did."""
     route: str = getattr(scope.get("route"), "path", "unknown")
     return route
+
+
+def at_once(message: Awaitable[Message]) -> Message | None:
+    """A message that is there already; None, and nothing is lost, where it would be waited for."""
+    step = message.__await__()
+    try:
+        next(step)
+    except StopIteration as ended:
+        found: Message = ended.value
+        return found
+    step.close()
+    return None
 
 
 class Watched:

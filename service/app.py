@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from functools import partial
@@ -23,6 +23,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
+from starlette.types import ASGIApp
 from uvicorn.supervisors import Multiprocess
 
 from bundle.registry import Registry, RegistryUnavailable
@@ -80,7 +81,17 @@ _PROBLEMS = {
 
 
 class _App(FastAPI):
-    """FastAPI, with the models that it does not handle itself documented all the same."""
+    """FastAPI, with layers around all of its own, and with the models documented that it does not
+    handle itself."""
+
+    around: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
+    """The first one is the innermost."""
+
+    def build_middleware_stack(self) -> ASGIApp:
+        app = super().build_middleware_stack()
+        for layer in self.around:
+            app = layer(app)
+        return app
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -141,18 +152,17 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     )
     errors.install(app)
     endpoints = Endpoints(settings, registry, live, metrics, admission, drain, shadow, audit)
-    # The last one added is the outermost.
-    app.add_middleware(Direct, handlers=endpoints.direct())
+    app.around = [
+        partial(Direct, handlers=endpoints.direct()),
+        partial(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s),
+        partial(CountAnswers, metrics=metrics),
+        *([partial(TraceRequests, provider=traces)] if traces else []),
+        FollowRequests,
+        partial(TurnAway, admission=admission, metrics=metrics),
+        partial(SayGoodbye, drain=drain),
+    ]
+    # Within the framework's own, which would close the connection upon a fault.
     app.add_middleware(errors.AnswerFaults)
-    app.add_middleware(
-        BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
-    )
-    app.add_middleware(CountAnswers, metrics=metrics)
-    if traces is not None:
-        app.add_middleware(TraceRequests, provider=traces)
-    app.add_middleware(FollowRequests)
-    app.add_middleware(TurnAway, admission=admission, metrics=metrics)
-    app.add_middleware(SayGoodbye, drain=drain)
     _add_endpoints(app, endpoints)
     if has_control:
         control.install(app)

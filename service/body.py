@@ -7,7 +7,7 @@ import asyncio
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.answers import header
+from service.answers import at_once, header
 from service.errors import (
     BodyTooLargeError,
     SlowBodyError,
@@ -37,12 +37,7 @@ class BodyLimit:
             nonlocal num_bytes, is_whole
             if is_whole:  # what comes after the body is that the caller has gone away
                 return await receive()
-            try:
-                async with asyncio.timeout_at(give_up_at_s):
-                    message = await receive()
-            except TimeoutError:
-                text = f"the body must arrive within {self._timeout_s:g} s"
-                raise SlowBodyError(text) from None
+            message = at_once(receive()) or await self._in_time(receive, give_up_at_s)
             num_bytes += len(message.get("body", b""))
             is_whole = not message.get("more_body", False)
             if num_bytes > self._max_bytes:
@@ -50,6 +45,14 @@ class BodyLimit:
             return message
 
         await self._app(scope, counting, send)
+
+    async def _in_time(self, receive: Receive, give_up_at_s: float) -> Message:
+        try:
+            async with asyncio.timeout_at(give_up_at_s):
+                return await receive()
+        except TimeoutError:
+            text = f"the body must arrive within {self._timeout_s:g} s"
+            raise SlowBodyError(text) from None
 
     def _too_large(self) -> BodyTooLargeError:
         return BodyTooLargeError(f"the body must be at most {self._max_bytes} bytes")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from service.errors import TABLE, problem
+
+log = logging.getLogger(__name__)
 
 Handler = Callable[[Request], Awaitable[Response]]
 _KNOWN = tuple(TABLE)
@@ -24,9 +27,9 @@ class Route:
 
 
 class Direct:
-    """ASGI middleware, the innermost: POST requests of some paths go to their handlers without the
-    framework between, which takes as long over a small request as its model does. The framework
-    has these routes too: it documents them, and answers other methods."""
+    """ASGI middleware: POST requests of some paths go to their handlers without the framework
+    between, which takes as long over a small request as its model does. The framework has these
+    routes too: it documents them, and answers other methods."""
 
     def __init__(self, app: ASGIApp, handlers: Mapping[str, Handler]) -> None:
         self._app = app
@@ -40,6 +43,8 @@ class Direct:
         scope["route"] = route
         try:
             response = await route.handler(Request(scope, receive))
-        except _KNOWN as error:
+        except Exception as error:
+            if not isinstance(error, _KNOWN):
+                log.exception("POST %s failed", route.path)
             response = problem(error)
         await response(scope, receive, send)

@@ -52,11 +52,14 @@ class Endpoints:
 
     async def score(self, request: Request) -> Response:
         """Click probabilities of N candidates for one user, in the order of the candidates."""
-        with self.metrics.in_progress.track_inprogress():
+        self.metrics.in_progress += 1
+        try:
             check_json(request.scope)
             body = await request.body()
             async with self.admission.turn(request, body) as admitted:
                 return await self._score(body, admitted)
+        finally:
+            self.metrics.in_progress -= 1
 
     async def feedback(self, request: Request) -> Response:
         """Takes events, each with its score and its model, and says how many were counted."""

@@ -129,7 +129,9 @@ class Metrics:
             registry=registry,
             multiprocess_mode="livesum",
         )
-        self.in_progress = Gauge(
+        self.in_progress = 0
+        """Scoring requests that are read, wait or are scored, in this process."""
+        self._in_progress = Gauge(
             "ecdctr_score_requests_in_progress",
             "Scoring requests that have begun and are not yet answered.",
             registry=registry,
@@ -284,6 +286,7 @@ class Metrics:
     def tick(self, artifact: Artifact | None) -> None:
         """For every few seconds: what is not worth doing for each request. `artifact` is that of
         the live bundle."""
+        self._in_progress.set(self.in_progress)
         if artifact is not None:
             self.drift.follow(artifact)
             self._created.set(_timestamp_s(artifact.manifest.created))
