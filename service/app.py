@@ -23,7 +23,7 @@ from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 from starlette.responses import FileResponse, Response
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.supervisors import Multiprocess
 
 from bundle.registry import Registry, RegistryUnavailable
@@ -81,17 +81,19 @@ _PROBLEMS = {
 
 
 class _App(FastAPI):
-    """FastAPI, with layers around all of its own, and with the models documented that it does not
-    handle itself."""
+    """FastAPI with layers around it, and with the models documented that it does not handle."""
 
-    around: Sequence[Callable[[ASGIApp], ASGIApp]] = ()
-    """The first one is the innermost."""
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._outermost: ASGIApp = super().__call__
 
-    def build_middleware_stack(self) -> ASGIApp:
-        app = super().build_middleware_stack()
-        for layer in self.around:
-            app = layer(app)
-        return app
+    def surround(self, layers: Sequence[Callable[[ASGIApp], ASGIApp]]) -> None:
+        """From now on requests come by all of the layers, of which the first is the innermost."""
+        for layer in layers:
+            self._outermost = layer(self._outermost)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        await self._outermost(scope, receive, send)
 
     def openapi(self) -> dict[str, Any]:
         if self.openapi_schema is None:
@@ -152,17 +154,21 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     )
     errors.install(app)
     endpoints = Endpoints(settings, registry, live, metrics, admission, drain, shadow, audit)
-    app.around = [
-        partial(Direct, handlers=endpoints.direct()),
-        partial(BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s),
-        partial(CountAnswers, metrics=metrics),
-        *([partial(TraceRequests, provider=traces)] if traces else []),
-        FollowRequests,
-        partial(TurnAway, admission=admission, metrics=metrics),
-        partial(SayGoodbye, drain=drain),
-    ]
     # Within the framework's own, which would close the connection upon a fault.
     app.add_middleware(errors.AnswerFaults)
+    app.surround(
+        [
+            partial(Direct, handlers=endpoints.direct()),
+            partial(
+                BodyLimit, max_bytes=settings.max_body_bytes, timeout_s=settings.body_timeout_s
+            ),
+            partial(CountAnswers, metrics=metrics),
+            *([partial(TraceRequests, provider=traces)] if traces else []),
+            FollowRequests,
+            partial(TurnAway, admission=admission, metrics=metrics),
+            partial(SayGoodbye, drain=drain),
+        ]
+    )
     _add_endpoints(app, endpoints)
     if has_control:
         control.install(app)
