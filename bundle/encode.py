@@ -125,7 +125,9 @@ class Encoder:
 
     def history_categorical(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
         """The matched features int32 [..., M] of history items, given their item table rows."""
-        columns: npt.NDArray[np.int32] = self.items.categorical[rows][..., self._match_columns]
+        # take() is twice as fast as indexing.
+        whole = self.items.categorical.take(rows, axis=0)
+        columns: npt.NDArray[np.int32] = whole.take(self._match_columns, axis=-1)
         return columns
 
     def request(self, request: Request) -> Encoded:
@@ -269,8 +271,7 @@ class Encoder:
         """The matched features int32 [N, M] of the candidates."""
         if categorical is None:
             return self.history_categorical(rows)
-        columns: npt.NDArray[np.int32] = categorical[:, self._match_columns]
-        return columns
+        return categorical.take(self._match_columns, axis=1)
 
     def _history_column(self, values: Sequence[float], field: str) -> npt.NDArray[np.float64]:
         at = _in_column(field)
@@ -287,7 +288,6 @@ class Encoder:
         table, given = self.items, request.item_features
         categorical = numeric = None
         if any(f.name in given and not f.given for f in self._item.categorical):
-            # take() is twice as fast as indexing and copies too.
             categorical = table.categorical.take(rows, axis=0)
             for i, feature in enumerate(self._item.categorical):
                 if feature.name in given and not feature.given:
