@@ -59,10 +59,12 @@ def figures(reports: Sequence[PhaseReport], most: float) -> Figures:
     found.add("capacity, closed loop", most, "1/s")
     found.add("in time at the capacity", peak.ok_per_s, "1/s")
     found.add("in time at twice the capacity", flood.ok_per_s, "1/s")
-    found.add(
-        "goodput at twice the capacity, of the capacity", flood.ok_per_s / most, "", at_least=0.9
-    )
-    found.add("turned away at twice the capacity", flood.failed.get("http_503", 0) / flood.due, "")
+    found.add("the same, of the capacity", flood.ok_per_s / most, "")
+    goodput = flood.ok_per_s / peak.ok_per_s
+    found.add("the same, of what is in time at the capacity", goodput, "", at_least=0.9)
+    # Of a flood that is one: a capacity that was measured too low makes a calm day of it.
+    turned_away = flood.failed.get("http_503", 0) / flood.due
+    found.add("turned away at twice the capacity", turned_away, "", at_least=0.4)
     late = sum(second.due - second.ok for second in after.timeline if second.second >= AGAIN_S)
     found.add("not in time, from 2 s after the flood", late, "", at_most=0)
     return found

@@ -34,12 +34,21 @@ def mapped_bytes(pid: int, path: Path) -> tuple[int, int]:
     return resident, share
 
 
+def stolen_s() -> float:
+    """Seconds since it started in which the machine, if it is a virtual one, had no processor
+    though it had work: a pause that no process of it can avoid."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+
+
 class Memory:
     """Samples what a process has resident, from the beginning of the block to its end."""
 
     def __init__(self, pid: int) -> None:
         self.samples: list[tuple[float, int]] = []
         """Seconds since the beginning, and bytes."""
+        self.stolen_s: list[float] = []
+        """As `stolen_s` counts, between one sample and the next."""
         self._pid, self._over = pid, threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
@@ -56,9 +65,12 @@ class Memory:
         return max(size for at_s, size in self.samples if from_s <= at_s <= to_s)
 
     def _sample(self) -> None:
-        started_s = time.monotonic()
+        started_s, before_s = time.monotonic(), stolen_s()
         while not self._over.wait(SAMPLE_S):
             self.samples.append((time.monotonic() - started_s, resident_bytes(self._pid)))
+            now_s = stolen_s()
+            self.stolen_s.append(now_s - before_s)
+            before_s = now_s
 
 
 def _command_line(pid: str) -> bytes:

@@ -123,6 +123,8 @@ def figures(reports: Sequence[PhaseReport], memory: Memory, rate: float) -> Figu
     settled, most = memory.most(0, settled_s), memory.most(settled_s, float("inf"))
     found.add("memory, the most until the end of the first swaps", settled / 1e6, "MB")
     found.add("growth of memory after it", most / settled - 1, "", at_most=0.1)
+    found.add("without a processor, the whole machine", sum(memory.stolen_s), "s")
+    found.add("the same, the worst second", max(memory.stolen_s, default=0.0) * 1000, "ms")
     return found
 
 

@@ -34,7 +34,7 @@ accepts one connection a turn, and reads from it two turns later."""
 _MEMORY = 0.98
 """Weight of a request in the estimate, relative to that of the next one."""
 _FIRST_GUESS_S = 0.001
-_MOST_TIMES_EXPECTED = 10
+_MOST_TIMES_EXPECTED = 3
 """A request that seems to have taken longer has met a pause, which is no property of it."""
 _DEADLINE = re.compile(rb'"deadline_ms"\s*:\s*(\d+(?:\.\d+)?)')
 _ARRIVED_S = "ecdctr.arrived_s"

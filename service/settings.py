@@ -47,7 +47,7 @@ class Settings:
     """Most candidates in one request."""
     max_history: int = 5000
     """Most history items in one request; the model reads the newest of them."""
-    max_wait_ms: float = 50.0
+    max_wait_ms: float = 75.0
     """A request that would wait longer for those before it is answered 503 at once."""
     drain_s: float = 3.0
     """How long a process goes on to answer after SIGTERM, while callers are sent away."""

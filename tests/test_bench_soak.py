@@ -96,7 +96,7 @@ def test_a_short_flood_leaves_its_figures(
 ) -> None:
     monkeypatch.setattr(overload, "CANDIDATES", 8)
     # Where the machine does other things as well, the capacity that is measured is too low.
-    monkeypatch.setattr(overload, "TIMES", 6.0)
+    monkeypatch.setattr(overload, "TIMES", 3.0)
     workspace, recipe = tiny_exported.workspace, tiny_exported.recipe
     found = overload.run(workspace, tiny_exported.asof, recipe, tmp_path, seconds=1.5)
     assert Figures.read(tmp_path / "overload.json").found == found.found
@@ -106,17 +106,21 @@ def test_a_short_flood_leaves_its_figures(
 
 
 @pytest.mark.parametrize(
-    ("in_time", "late", "unmet"),
+    ("in_time", "late", "shed", "unmet"),
     [
-        (4.6, 0, set()),
-        (4.4, 0, {"goodput at twice the capacity, of the capacity"}),
-        (4.6, 1, {"not in time, from 2 s after the flood"}),
+        (4.6, 0, 30, set()),
+        (4.4, 0, 30, {"the same, of what is in time at the capacity"}),
+        (4.6, 1, 30, {"not in time, from 2 s after the flood"}),
+        (4.6, 0, 15, {"turned away at twice the capacity"}),
     ],
 )
-def test_a_flood_that_is_not_withstood_is_seen(in_time: float, late: int, unmet: set[str]) -> None:
-    before, peak, flood, after = (phase(name) for name in ("before", "peak", "flood", "after"))
+def test_a_flood_that_is_not_withstood_is_seen_and_one_that_is_none(
+    in_time: float, late: int, shed: int, unmet: set[str]
+) -> None:
+    before, peak, after = (phase(name) for name in ("before", "peak", "after"))
+    flood = replace(phase("flood", {"http_503": shed}), ok_per_s=in_time)
     seconds = [Second(at, 5, 5, ok, {}, 0, {}, 1.0, 1.0, 1.0) for at, ok in ((1, 0), (3, 5 - late))]
-    reports = [before, peak, replace(flood, ok_per_s=in_time), replace(after, timeline=seconds)]
+    reports = [before, peak, flood, replace(after, timeline=seconds)]
     found = met(overload.figures(reports, most=5.0))
     assert {figure for figure, is_met in found.items() if is_met is False} == unmet
 
