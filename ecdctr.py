@@ -273,6 +273,10 @@ def _prune(options: argparse.Namespace) -> None:
         if not options.dry_run:
             registry.remove(bundle_id)
         print(f"{bundle_id}  {'would be removed' if options.dry_run else 'removed'}")
+    for remnant in registry.remnants():
+        if not options.dry_run:
+            registry.sweep(remnant)
+        print(f"{remnant}  broken off, {'would be removed' if options.dry_run else 'removed'}")
 
 
 def _rollback(options: argparse.Namespace) -> None:
@@ -593,7 +597,9 @@ def _add_serving(verbs: _Verbs) -> None:
     verb = _verb(verbs, "serve", "answer scoring requests over HTTP", _serve)
     verb.add_argument("--host", default="127.0.0.1", help="address (default: %(default)s)")
     verb.add_argument("--port", type=int, default=8000, help="(default: %(default)s)")
-    verb.add_argument("--workers", type=int, help="processes (default: one per core)")
+    verb.add_argument(
+        "--workers", type=int, help="processes (default: one per core that the CPU quota leaves)"
+    )
     _registry_option(verb)
     _store(verb)
     verb = _verb(verbs, "score", "score a real request of the data set over HTTP", _score)

@@ -60,7 +60,7 @@ def figures(reports: Sequence[PhaseReport], most: float) -> Figures:
     found.add("in time at the capacity", peak.ok_per_s, "1/s")
     found.add("in time at twice the capacity", flood.ok_per_s, "1/s")
     found.add("the same, of the capacity", flood.ok_per_s / most, "")
-    goodput = flood.ok_per_s / peak.ok_per_s
+    goodput = flood.ok_per_s / peak.ok_per_s if peak.ok_per_s else 0.0
     found.add("the same, of what is in time at the capacity", goodput, "", at_least=0.9)
     # Of a flood that is one: a capacity that was measured too low makes a calm day of it.
     turned_away = flood.failed.get("http_503", 0) / flood.due

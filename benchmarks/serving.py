@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -77,9 +77,13 @@ class Size:
     clients: tuple[int, ...] = (1, 2, 8)
     closed_s: float = 1.0
     open_s: float = 3.0
+    own_open_s: float = 12.0
+    """The same of this service, which goals hold for: the p99 of some hundred requests is that of
+    two or three of them, and so of whatever the machine did meanwhile."""
 
 
 QUICK = Size((10, 30), bodies=4, checked=2, rounds=1, clients=(1, 2), closed_s=0.3, open_s=0.5)
+QUICK = replace(QUICK, own_open_s=0.5)
 
 
 @dataclass
@@ -160,10 +164,11 @@ def _measure_system(
         found.rate[system.name, num] = best
         service_ms = closed[min(closed)].latency_ms.p50
         assert service_ms is not None
+        seconds = size.own_open_s if system is OURS else size.open_s
         for share, (part, kind) in SHARES.items() if system is OURS or num == most else ():
-            report = run(Phase("open", size.open_s, rate=part * best, arrivals=kind))
+            report = run(Phase("open", seconds, rate=part * best, arrivals=kind))
             p50, p99 = report.latency_ms.p50, report.latency_ms.p99
-            arrivals = arrivals_of(kind, part * best, size.open_s, seed)
+            arrivals = arrivals_of(kind, part * best, seconds, seed)
             ideal = percentile_ms(ideal_latencies(arrivals, service_ms / 1000), 99)
             assert p50
             assert p99

@@ -165,7 +165,8 @@ class Encoder:
     def _look_up(self, ids: Sequence[Id]) -> tuple[Keys, npt.NDArray[np.int64]]:
         """Keys and rows of items. Those that are in the table are remembered; unknown ones are
         not, for they have no bound."""
-        rows, table = self._rows.find(ids), self.items.keys
+        ids, table = _as_integers(ids), self.items.keys
+        rows = self._rows.find(ids)
         keys = table.take(rows, mode="clip") if len(table) else np.zeros(len(ids), np.uint64)
         new = np.flatnonzero(rows == UNKNOWN)
         if new.size:
@@ -508,6 +509,16 @@ def _check_ids(ids: Sequence[object], at: _At) -> None:
         for place, value in enumerate(ids):
             if isinstance(value, bool) or not isinstance(value, str | int):
                 raise FeatureError(at(place), value, "a string or an integer")
+
+
+def _as_integers(ids: Sequence[Id]) -> Sequence[Id]:
+    """int64 [n] where all are integers; else the ids."""
+    if isinstance(ids, np.ndarray) or set(map(type, ids)) != {int}:
+        return ids
+    try:
+        return np.array(ids, np.int64)  # type: ignore[return-value]
+    except OverflowError:
+        return ids
 
 
 def _at_places(ids: Sequence[Id], places: npt.NDArray[np.int64]) -> Sequence[Id]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +17,8 @@ from typing import Any, Literal, get_args
 
 from bundle.manifest import BundleError, Manifest, read_manifest, refusals, verify
 
+REMNANT_S = 24 * 3600.0
+"""Longer than anything takes to publish or to remove a bundle."""
 _ID = re.compile(r"[0-9A-Za-z][0-9A-Za-z._-]{0,99}")
 
 
@@ -141,6 +144,23 @@ class Registry:
         oldest_first = sorted(map(self.read, self.ids()), key=lambda m: (m.asof, m.created))
         return [m.id for m in oldest_first[: -keep or None] if m.id not in needed]
 
+    def remnants(self) -> list[str]:
+        """What broke off on its way in or out a day ago or earlier, sorted: nothing lists it, and
+        nothing will need it."""
+        found = [path for kind in (".draft-*", ".removed-*") for path in self.root.glob(kind)]
+        return sorted(path.name for path in found if is_old(_changed_s(path)))
+
+    def sweep(self, remnant: str) -> None:
+        """Deletes one of `remnants`."""
+        shutil.rmtree(self.root / remnant, ignore_errors=True)
+
+    def close(self) -> None:
+        """Whatever is under way ends soon, in an error."""
+
+    def renew(self, bundle_id: str) -> bool:
+        """For who finds that a bundle is damaged: whether `path` will now give it anew."""
+        return False
+
     def remove(self, bundle_id: str) -> None:
         """Takes a bundle away in one step, then deletes it; who has it open keeps its pages."""
         self._delete(self.path(bundle_id))
@@ -260,7 +280,7 @@ class Registry:
         hidden = self.root / f".removed-{folder.name}"
         shutil.rmtree(hidden, ignore_errors=True)  # of a removal that broke off
         folder.rename(hidden)
-        shutil.rmtree(hidden)
+        shutil.rmtree(hidden, ignore_errors=True)
 
     def _check_gates(self, bundle_id: str) -> None:
         if reasons := refusals(self.read(bundle_id)):
@@ -331,6 +351,20 @@ def _with(current: Current, role: Role, beside: Beside | None) -> Current:
     if role == "canary":
         return replace(current, canary=beside)
     return replace(current, shadow=beside)
+
+
+def _changed_s(folder: Path) -> float:
+    """When it got its name, or something in it; infinity where it is gone."""
+    try:
+        facts = folder.stat()
+    except OSError:
+        return float("inf")
+    return max(facts.st_mtime, facts.st_ctime)
+
+
+def is_old(at_s: float) -> bool:
+    """Whether what was last changed then, in seconds since 1970, is a remnant."""
+    return at_s < time.time() - REMNANT_S
 
 
 def sync(path: Path) -> None:

@@ -8,6 +8,7 @@ step, whole and verified. What was fetched of it before is not fetched again.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import shutil
 import threading
@@ -15,7 +16,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import IO, Any
 
 from bundle.manifest import MANIFEST, BundleError, Manifest, read_manifest, verify
 from bundle.registry import (
@@ -23,6 +24,7 @@ from bundle.registry import (
     Registry,
     RegistryError,
     RegistryUnavailable,
+    is_old,
     parse_current,
     sync,
 )
@@ -32,6 +34,7 @@ _CHUNK_BYTES = 16 * 1024 * 1024
 _S3 = {"config_kwargs": {"connect_timeout": 3, "read_timeout": 5, "retries": {"max_attempts": 1}}}
 _TRIES = 2
 """Of a question. It is asked again anyway, and meanwhile somebody waits."""
+_LOOK_AGAIN_S = 0.2
 _LISTED_S = 60.0
 """How long a list of all bundles is believed."""
 
@@ -74,7 +77,8 @@ class RemoteRegistry(Registry):
         super().__init__(cache)
         self.name = url
         self._files, self._prefix = files, prefix
-        self._lock = threading.RLock()
+        self._lock, self._closed = threading.RLock(), threading.Event()
+        self._renewed: set[str] = set()
         self._listed: tuple[float, list[str]] = (-_LISTED_S, [])
         self._pointer: tuple[dict[str, Any] | None, bytes] = (None, b"")
         """What the object store said of `current.json` when it was last read, and what it held."""
@@ -91,7 +95,7 @@ class RemoteRegistry(Registry):
         if not folder.is_dir():
             try:
                 # One process of this machine fetches, the others find what it fetched.
-                with super()._locked():
+                with self._alone():
                     if not folder.is_dir():
                         self._fetch(bundle_id)
             except OSError as error:  # of this machine: no room, no permission
@@ -148,6 +152,52 @@ class RemoteRegistry(Registry):
                 self._files.put_file(str(folder / name), self._remote("bundles", bundle_id, name))
         self._listed = (-_LISTED_S, [])
         return bundle_id
+
+    def remnants(self) -> list[str]:
+        """Also those of object stores: folders of bundles without a manifest."""
+        found = self._objects("bundles")
+        newest: dict[str, float] = {}
+        for name in found:
+            folder, slash, _ = name.partition("/")
+            if slash and self.is_id(folder) and f"{folder}/{MANIFEST}" not in found:
+                newest[folder] = max(newest.get(folder, 0.0), self._modified_s(name))
+        old = [f"bundles/{folder}" for folder, at_s in newest.items() if is_old(at_s)]
+        return sorted([*super().remnants(), *old])
+
+    def _modified_s(self, name: str) -> float:
+        """When an object under `bundles/` was last changed, in seconds since 1970; infinity where
+        it is gone, or nobody can say."""
+        try:
+            with self._reaching(f"bundles/{name}"):
+                at: float = self._files.modified(self._remote("bundles", name)).timestamp()
+                return at
+        except (FileNotFoundError, RegistryUnavailable):
+            return float("inf")
+
+    def sweep(self, remnant: str) -> None:
+        if not remnant.startswith("bundles/"):
+            super().sweep(remnant)
+            return
+        with self._reaching(remnant):
+            self._files.rm(self._remote(remnant), recursive=True)
+
+    def close(self) -> None:
+        self._closed.set()
+
+    def renew(self, bundle_id: str) -> bool:
+        """Removes the copy on this machine if it is not as it was when it was fetched. Of each
+        bundle once: what is damaged again is not worth another try."""
+        if bundle_id in self._renewed:
+            return False
+        self._renewed.add(bundle_id)
+        folder = self._folder(bundle_id)
+        # Another process, which has the same copy, may have removed or renewed it meanwhile.
+        with suppress(OSError), self._alone():
+            try:
+                verify(folder)
+            except BundleError:
+                self._delete(folder)
+        return True
 
     def remove(self, bundle_id: str) -> None:
         """Takes its manifest away, so that it counts no longer, then deletes it; from here too."""
@@ -212,6 +262,20 @@ class RemoteRegistry(Registry):
         with self._lock:
             yield
 
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process of this machine fetches or removes a copy meanwhile."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with (self.root / ".lock").open("w") as file:
+            while not _lock_now(file):
+                self._check_open()
+                self._closed.wait(_LOOK_AGAIN_S)
+            yield
+
+    def _check_open(self) -> None:
+        if self._closed.is_set():
+            raise RegistryUnavailable(f"{self.name}: closed during a download")
+
     def _verify(self, bundle_id: str) -> None:
         """All of its files are there. Who serves it checks what is in them: a rollback must not
         wait until they are fetched."""
@@ -263,6 +327,7 @@ class RemoteRegistry(Registry):
         target.parent.mkdir(parents=True, exist_ok=True)
         with target.open("ab") as file:
             while (start := file.tell()) < size:
+                self._check_open()
                 if start and self.current() is not None and self._pointer[0] != pointer:
                     raise RegistryUnavailable(f"{self.name}/{POINTER} has changed meanwhile")
                 stop = min(start + _CHUNK_BYTES, size)
@@ -327,3 +392,11 @@ class RemoteRegistry(Registry):
         except Exception as error:  # each kind of object store has errors of its own
             text = f"{self.name}/{what}: {type(error).__name__}: {error}"
             raise RegistryUnavailable(text) from error
+
+
+def _lock_now(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

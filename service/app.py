@@ -27,11 +27,12 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.supervisors import Multiprocess
 
 from bundle.registry import Registry, RegistryUnavailable
-from bundle.remote import open_registry
+from bundle.remote import RemoteRegistry, open_registry
 from embeddings_store import Store
 from service import console, errors, logs
 from service.admission import Admission, TurnAway
 from service.audit import Audit
+from service.background import download_in_background
 from service.body import BodyLimit
 from service.control import Control, own_port
 from service.direct import Direct
@@ -39,6 +40,7 @@ from service.endpoints import Endpoints
 from service.live import Live
 from service.logs import FollowRequests
 from service.metrics import CountAnswers, Metrics
+from service.processors import processors
 from service.schemas import (
     MAX_EVENTS,
     Event,
@@ -110,6 +112,8 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     """
     metrics = Metrics(CollectorRegistry(), settings.metrics_dir)
     registry = open_registry(settings.registry, settings.registry_cache)
+    if isinstance(registry, RemoteRegistry):
+        download_in_background()
     live = Live(settings, registry, metrics, WindowSource(settings, store))
     audit = _audit(settings, metrics)
     traces = open_provider() if settings.traces else None
@@ -126,11 +130,12 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
         try:
             if audit is not None:
                 audit.start()
-            await live.start()
-            shadow.start()
-            ticking = asyncio.create_task(_tick(registry, live, metrics))
-            async with _control_port(settings, control):
-                with drain.on_sigterm():
+            with drain.on_sigterm(registry.close):
+                await live.start()
+                shadow.start()
+                ticking = asyncio.create_task(_tick(registry, live, metrics))
+                async with _control_port(settings, control):
+                    drain.serving = True
                     yield
         finally:
             if ticking is not None:
@@ -287,13 +292,13 @@ def _schemas(*models: type[BaseModel]) -> dict[str, Any]:
 def serve(settings: Settings, host: str, port: int, workers: int | None = None) -> None:
     """Serves until SIGTERM or SIGINT, lets running requests end, and returns.
 
-    `workers` processes, one per core unless given, each with its own session; they share the
+    `workers` processes, one per processor unless given, each with its own session; they share the
     model's memory-mapped pages, and each follows the registry by itself.
     """
     if settings.traces:
         open_provider().shutdown()  # what is not installed is said here, not by each worker
     open_registry(settings.registry, settings.registry_cache)  # likewise
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or processors()
     if workers == 1:
         _serve_one(_config(settings, host, port, workers))
         return

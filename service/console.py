@@ -27,7 +27,7 @@ _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:;"
     " base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-_NOTHING: dict[str, Any] = {"promoted": None, "bundles": [], "num_bundles": 0}
+_UNKNOWN: dict[str, Any] = {"promoted": None, "bundles": [], "num_bundles": None}
 _HEADERS = {
     "content-security-policy": _POLICY,
     "cache-control": "no-cache",
@@ -64,9 +64,9 @@ class Console:
 
     async def bundles(self) -> Response:
         """The newest bundles with their figures, what was promoted last, and whether to promote
-        from here."""
+        from here; `num_bundles` is null while the registry gives no answer."""
         return json_answer(
-            {"control": self.control, **await answer_of(self._in_registry, _NOTHING)}
+            {"control": self.control, **(await answer_of(self._in_registry) or _UNKNOWN)}
         )
 
     async def sample(self, nth: int = 0) -> Response:

@@ -24,11 +24,23 @@ def decode(body: bytes, settings: Settings) -> ScoreRequest:
         MalformedJsonError: not JSON.
         InvalidRequestError: JSON, but not a request, or longer than `settings` allow.
     """
-    request = usual(body) or _validated(body)
+    request = usual(body) or validated(body)
     _check_length(request.candidates.id, settings.max_candidates, "candidates.id")
     if request.user.history:
         _check_length(request.user.history.items, settings.max_history, "user.history.items")
     return request
+
+
+def validated(body: bytes) -> ScoreRequest:
+    """The long way: each value as it was sent, none of them in an array.
+
+    Raises:
+        MalformedJsonError, InvalidRequestError: as `decode` does; but lengths are not looked at.
+    """
+    try:
+        return ScoreRequest.model_validate_json(body)
+    except ValidationError as error:
+        raise invalid(error) from None
 
 
 _EVENTS: TypeAdapter[Annotated[list[Event], FailFast()]] = TypeAdapter(
@@ -51,13 +63,6 @@ def decode_events(body: bytes) -> list[Event]:
         raise invalid(error) from None
     _check_length(events, MAX_EVENTS, "body")
     return events
-
-
-def _validated(body: bytes) -> ScoreRequest:
-    try:
-        return ScoreRequest.model_validate_json(body)
-    except ValidationError as error:
-        raise invalid(error) from None
 
 
 def _check_length(column: Sequence[Any], limit: int, field: str) -> None:

@@ -12,13 +12,14 @@ import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
+from bundle.encode import FeatureError
 from bundle.registry import Registry
 from service.admission import PATHS, Admission, Admitted
 from service.answers import json_answer
 from service.audit import Audit
 from service.background import answer_of
 from service.body import check_json
-from service.decode import decode, decode_events
+from service.decode import decode, decode_events, validated
 from service.direct import Handler
 from service.errors import ImpossibleScoreError, NotReadyError
 from service.live import Live
@@ -80,7 +81,12 @@ class Endpoints:
         with stages.timed("decode"):
             asked = decode(body, self.settings)
         own.request_id = asked.request_id or own.request_id
-        scored = await self._scored(asked, Deadline.after(started_s, asked.deadline_ms), stages)
+        deadline = Deadline.after(started_s, asked.deadline_ms)
+        try:
+            scored = await self._scored(asked, deadline, stages)
+        except FeatureError:
+            # With the values as they were sent, so that the error names these and not an array's.
+            scored = await self._scored(validated(body), deadline, stages)
         with stages.timed("serialise"):
             content = _content(scored, asked.request_id)
         stages.seconds["total"] = time.perf_counter() - started_s
@@ -94,10 +100,8 @@ class Endpoints:
         return Response(content, media_type="application/json", headers=_timing(stages))
 
     async def models(self) -> Response:
-        """The live bundle, the last refusals, and all bundles in the registry; none of these while
-        that gives no answer."""
-        unknown: list[str] = []
-        available = await answer_of(self.registry.ids, unknown)
+        """The live bundle, the last refusals, and all bundles in the registry."""
+        available = await answer_of(self.registry.ids)
         refusals = [RefusedModel(**asdict(refusal)) for refusal in self.live.refusals]
         models = Models(live=self._live_model(), refusals=refusals, available=available)
         return json_answer(models.model_dump())

@@ -127,6 +127,7 @@ class Live:
         self._task = asyncio.create_task(self._follow())
 
     async def stop(self) -> None:
+        self._registry.close()
         if self._task is not None:
             self._task.cancel()
             with suppress(asyncio.CancelledError):
@@ -258,7 +259,12 @@ class Live:
         waited_s = time.monotonic() - self._started_s
         may_wait = self._scorer is None and waited_s >= self._settings.store_wait_s
         deadline_ms = self._settings.store_deadline_ms
-        return await load(folder, self._source, deadline_ms, may_wait=may_wait)
+        try:
+            return await load(folder, self._source, deadline_ms, may_wait=may_wait)
+        except RefusedError as error:
+            if error.kind == "bundle" and await in_background(self._registry.renew, bundle_id):
+                raise RefusedError("unavailable", f"{error}; it is fetched again") from error
+            raise
 
     def _refuse(self, bundle_id: str | None, refused: RefusedError) -> None:
         self._metrics.refusals.labels(refused.kind).inc()

@@ -237,7 +237,9 @@ class RefusedModel(_Model):
 class Models(_Model):
     live: LiveModel | None
     refusals: list[RefusedModel] = Field(description="The last ones, newest first.")
-    available: list[str] = Field(description="Ids of all bundles in the registry.")
+    available: list[str] | None = Field(
+        description="Ids of all bundles in the registry; null while it gives no answer."
+    )
 
 
 class ProblemField(_Model):

@@ -28,15 +28,16 @@ class Drain:
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._seconds = seconds
-        self.begun = False
+        self.begun = self.serving = False
 
     def why_not_ready(self) -> str:
         """Empty before SIGTERM."""
         return "the process is about to end" if self.begun else ""
 
     @contextmanager
-    def on_sigterm(self) -> Iterator[None]:
+    def on_sigterm(self, give_up: Callable[[], None]) -> Iterator[None]:
         """Puts the drain before what SIGTERM does when the block begins; a second SIGTERM ends it.
+        Until `serving` is set there is nobody to answer: what the start waits for is given up.
         Signals are for the main thread: in another one nothing changes."""
         loop, end = asyncio.get_running_loop(), signal.getsignal(signal.SIGTERM)
         if threading.current_thread() is not threading.main_thread() or not callable(end):
@@ -44,7 +45,9 @@ class Drain:
             return
 
         def begin(number: int, frame: FrameType | None) -> None:
-            if self.begun or not self._seconds:
+            if not self.serving:
+                give_up()
+            if self.begun or not self._seconds or not self.serving:
                 end(number, frame)
             else:
                 # Not here, between two instructions of whatever is running.

@@ -30,6 +30,7 @@ _Fields = dict[str, Any]
 _NUMBERS = frozenset({int, float})
 _INT64 = np.iinfo(np.int64)
 _LARGEST = 2.0**63
+_MOST_NAMES = 256
 
 
 class _UnusualError(Exception):
@@ -90,6 +91,8 @@ def _named(raw: object) -> _Fields:
     """What is in an object, by name; arrays and objects in it as simdjson's."""
     if not isinstance(raw, simdjson.Object):
         raise _UnusualError
+    # Each name is looked for from the beginning.
+    _must(len(raw) <= _MOST_NAMES)
     names = list(raw)
     # simdjson would look for a name up to its first zero, and give the first of equal ones.
     _must(len(set(names)) == len(names) and not any("\0" in name for name in names))

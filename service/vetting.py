@@ -45,7 +45,7 @@ Reason = Literal[
     "internal",
 ]
 """registry: current.json, or the bundle that it names, is not there. unavailable: the bundle could
-not be fetched for now, so it is tried again. bundle: files, checksums,
+not be fetched for now, or its copy was damaged, so it is tried again. bundle: files, checksums,
 spec. model: onnxruntime can't load it. inputs: the graph is not what the manifest says. golden:
 recorded scores are not reproduced. constant: all scores are equal. window: the store has no such
 window. store: it gave no answer, so the bundle is tried again. internal: a fault in the service."""

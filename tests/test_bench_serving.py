@@ -37,7 +37,7 @@ from benchmarks.serving_peers import OTHERS, System, ask, running
 from training.demo import running_redis
 from training.layers import HardMatch
 
-SIZE = replace(QUICK, candidates=(3, 12), closed_s=0.2, open_s=0.4)
+SIZE = replace(QUICK, candidates=(3, 12), closed_s=0.2, open_s=0.4, own_open_s=0.4)
 DOCS = Path(__file__).parent.parent / "docs"
 GRAPHS = ("shared", "tiled")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import signal
 import subprocess
@@ -271,6 +272,24 @@ def test_promotions_by_other_processes_leave_a_chain_without_a_gap(place: Place)
     assert [process.wait() for process in processes] == [0, 0, 0]
     # Fifteen steps to and fro from the second one: a lost update would show.
     assert names(place.registry) == (ids[0], ids[1])
+
+
+def test_what_broke_off_is_swept_a_day_later_and_nothing_else(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle_id, registry = add_bundle(place), place.registry
+    left = [".draft-17-beef", ".removed-2017-01-01-abc"]
+    for name in left:
+        (registry.root / name / "items").mkdir(parents=True)
+        # As old as the bundle was: a folder that is renamed keeps its time.
+        os.utime(registry.root / name, (0, 0))
+    assert registry.remnants() == []
+    monkeypatch.setattr("bundle.registry.REMNANT_S", -5.0)
+    assert registry.remnants() == left
+    for name in (*left, ".draft-gone"):
+        registry.sweep(name)
+    assert registry.remnants() == []
+    assert registry.ids() == [bundle_id]
 
 
 def test_only_old_bundles_that_nothing_needs_can_be_pruned(place: Place) -> None:

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,8 @@ import ecdctr
 from bundle.manifest import MANIFEST, BundleError
 from bundle.registry import Registry, RegistryError, RegistryUnavailable
 from bundle.remote import RemoteRegistry, open_registry
+from service.app import create_app
+from service.background import NICENESS
 
 
 @dataclass
@@ -232,6 +235,109 @@ def test_a_damaged_object_is_refused_and_fetched_again_once_it_is_right(
         eventually(lambda: client.post("/v1/score", json=body()).json()["model"] == second)
 
 
+def test_a_copy_that_was_damaged_on_this_machine_is_fetched_again(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    bundle_id = add_bundle(remote)
+    remote.registry.promote(bundle_id)
+    folder = objects.registry(tmp_path / "cache").path(bundle_id)
+    (folder / "actr.onnx").write_bytes(b"damaged")
+    with serving(settings(objects, remote, tmp_path / "cache")) as client:
+        eventually(lambda: client.get("/readyz").status_code == 200)
+        refusal = client.get("/v1/models").json()["refusals"][0]
+        assert refusal["kind"] == "unavailable"
+        assert "it is fetched again" in refusal["reason"]
+        assert client.post("/v1/score", json=body()).json()["model"] == bundle_id
+
+
+def test_a_copy_that_is_whole_is_not_fetched_again(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    other, bundle_id = objects.registry(tmp_path / "other"), add_bundle(remote)
+    other.path(bundle_id)
+    assert other.renew(bundle_id)
+    assert (other.root / "bundles" / bundle_id).is_dir()
+
+
+def test_of_processes_that_find_the_same_copy_damaged_each_tries_again_and_once(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    bundle_id = add_bundle(remote)
+    both = [objects.registry(tmp_path / "shared") for _ in range(2)]
+    (both[0].path(bundle_id) / "actr.onnx").write_bytes(b"damaged")
+    assert [one.renew(bundle_id) for one in both] == [True, True]
+    assert not (both[0].root / "bundles" / bundle_id).exists()
+    assert (both[1].path(bundle_id) / "actr.onnx").read_bytes() != b"damaged"
+    assert [one.renew(bundle_id) for one in both] == [False, False]
+
+
+def test_who_waits_for_another_process_to_fetch_is_ended_too(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    bundle_id = add_bundle(remote)
+    first, second = (objects.registry(tmp_path / "shared") for _ in range(2))
+    with ThreadPoolExecutor(1) as pool, first._alone():
+        waiting = pool.submit(second.path, bundle_id)
+        second.close()
+        with pytest.raises(RegistryUnavailable, match="closed"):
+            waiting.result(timeout=10)
+
+
+def test_sigterm_ends_a_process_that_still_fetches_its_first_bundle(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    remote.registry.promote(add_bundle(remote))
+    cache = tmp_path / "cache"
+    code = f"""
+        import bundle.remote
+        from service.app import serve
+        from service.settings import Settings
+
+        bundle.remote._CHUNK_BYTES = 1  # takes minutes
+        cache = Path({str(cache)!r})
+        settings = Settings({objects.url!r}, "file://{tmp_path}", registry_cache=cache)
+        serve(settings, "127.0.0.1", {free_port()}, workers=1)
+    """
+    command = [sys.executable, "-c", "from pathlib import Path\n" + textwrap.dedent(code)]
+    process = subprocess.Popen(command, cwd=Path(__file__).parent.parent)
+    try:
+        eventually(lambda: bool(list(cache.glob(".partial-*/*"))), timeout_s=30)
+        process.terminate()
+        assert process.wait(timeout=15) == 0
+        assert list(cache.glob(".partial-*/*"))
+    finally:
+        process.kill()
+
+
+def test_a_download_ends_with_its_process(
+    remote: Place, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bundle.remote._CHUNK_BYTES", 1000)
+    bundle_id, other = add_bundle(remote), objects.registry(tmp_path / "other")
+    read, num = other._files.cat_file, []
+
+    def closed(path: str, **kwargs: Any) -> Any:
+        num.append(path)
+        if len(num) == 5:
+            other.close()
+        return read(path, **kwargs)
+
+    monkeypatch.setattr(other._files, "cat_file", closed)
+    with pytest.raises(RegistryUnavailable, match="closed during a download"):
+        other.path(bundle_id)
+    assert len(num) == 5
+
+
+def test_what_is_received_steps_back_for_requests(
+    remote: Place, objects: ObjectStore, tmp_path: Path
+) -> None:
+    from fsspec.asyn import iothread
+
+    create_app(settings(objects, remote, tmp_path / "cache"))
+    own = os.getpriority(os.PRIO_PROCESS, os.getpid())
+    assert os.getpriority(os.PRIO_PROCESS, iothread[0].native_id) == own + NICENESS
+
+
 def test_an_object_store_that_is_away_disturbs_nobody_and_is_followed_again_later(
     remote: Place, objects: ObjectStore, tmp_path: Path
 ) -> None:
@@ -399,6 +505,24 @@ def test_a_bundle_whose_upload_broke_off_is_not_there_and_can_be_published_again
     bundle_id = add_bundle(remote)
     assert objects.registry(tmp_path / "third").ids() == [bundle_id]
     assert other.path(bundle_id).is_dir()
+
+
+def test_what_an_upload_or_a_removal_left_is_swept_a_day_later_and_nothing_else(
+    remote: Place, objects: ObjectStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, half = (add_bundle(remote, bias=bias) for bias in (0.0, 1.0))
+    objects.files.rm_file(objects.path("bundles", half, MANIFEST))
+    for name in ("README.md", ".keep/it"):
+        objects.files.pipe_file(objects.path("bundles", name), b"somebody's own")
+    other = objects.registry(tmp_path / "other")
+    assert other.remnants() == []
+    monkeypatch.setattr("bundle.registry.REMNANT_S", -5.0)
+    assert other.remnants() == [f"bundles/{half}"]
+    other.sweep(f"bundles/{half}")
+    assert other.remnants() == []
+    assert not objects.files.exists(objects.path("bundles", half))
+    assert objects.files.exists(objects.path("bundles", "README.md"))
+    assert other.path(whole).is_dir()
 
 
 def test_a_bundle_that_lacks_an_object_is_neither_promoted_nor_opened(

@@ -18,6 +18,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from runclock import run_s
 from servers import free_port
 
+from bundle.registry import Registry, RegistryUnavailable
+
 ROOT = Path(__file__).parent.parent
 
 
@@ -70,6 +72,20 @@ def test_the_schema_documents_request_answer_and_every_error(client: httpx.Clien
         assert reference in schema["components"]["schemas"]
     assert schema["components"]["schemas"]["ScoreRequest"]["examples"]
     assert schema["components"]["schemas"]["ScoreResponse"]["examples"]
+
+
+def test_what_a_silent_registry_holds_is_not_known_and_not_nothing(
+    client: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(_: Registry) -> list[str]:
+        raise RegistryUnavailable("planted")
+
+    monkeypatch.setattr(Registry, "ids", silent)
+    models = client.get("/v1/models").json()
+    assert models["live"] is not None
+    assert models["available"] is None
+    found = client.get("/console/bundles").json()
+    assert (found["bundles"], found["num_bundles"]) == ([], None)
 
 
 def test_the_models_page_tells_what_is_live_and_what_there_is(

@@ -117,6 +117,13 @@ def test_a_wrong_value_is_a_422_that_names_its_field(
     assert len(problem["errors"][0]["value"]) <= 100
 
 
+def test_of_numbers_in_a_column_of_categories_the_wrong_one_is_named(client: httpx.Client) -> None:
+    features = {"category": [1, 2.5, 3]}
+    document = body(candidates={"id": ITEMS[:3], "features": features})
+    (error,) = problem_of(client.post("/v1/score", json=document), 422)["errors"]
+    assert (error["field"], error["value"]) == ("candidates.features.category[1]", "2.5")
+
+
 @pytest.mark.parametrize("field", ["user", "user.id", "candidates", "candidates.id"])
 def test_a_missing_field_is_a_422_that_names_it(client: httpx.Client, field: str) -> None:
     document = body()

@@ -23,6 +23,8 @@ from training.examples import Batch
 from training.layers import Standardise
 from training.network import Network
 
+FEW_ROWS = 256
+"""Of a table, that it pays to add something to for each request."""
 _DOT, _ITEM_FACTS, _USER_FACTS = slice(0, 1), slice(1, 4), slice(4, 6)
 """Which of the facts of a pair of windows depend on both sides, on the item, on the user."""
 
@@ -165,7 +167,7 @@ class RequestSide(nn.Module):
         total = once_1H
         for column, table in enumerate(self.given_tables):
             rows, index = cast("Tensor", table.weight), x["given_cat"][:, column]
-            if column:
+            if column or len(rows) > FEW_ROWS:
                 total = total + functional.embedding(index, rows)
             else:  # added to the few rows of a table, and not to N of them
                 total = functional.embedding(index, rows + total)

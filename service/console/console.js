@@ -332,10 +332,10 @@ function showBundles() {
   if (control) heads.push(["", "number"]);
   $("control").hidden = !control;
   $("rollback").disabled = !promoted?.previous;
-  show("bundles", [all, control, models.live?.id, promoted], () => (all.length
+  show("bundles", [all, num, control, models.live?.id, promoted], () => (all.length
     ? [table(heads, all.map((one) => bundleRow(one, names, control, promoted)), "Bundles in the registry"),
       ...(num > all.length ? [element("p", { class: "soft" }, `and ${num - all.length} older ones`)] : [])]
-    : [element("p", {}, "There is no bundle in the registry.")]));
+    : [element("p", {}, num === null ? "The registry gives no answer." : "There is no bundle in the registry.")]));
 }
 
 function bundleRow(one, names, control, promoted) {
