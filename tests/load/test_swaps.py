@@ -57,7 +57,8 @@ def test_five_hundred_swaps_fail_no_request_mix_no_scores_and_leave_no_memory(
     ids = [add_bundle(place, bias=bias) for bias in (0.0, 0.5)]
     place.registry.promote(ids[0])
     swap = Swap([partial(place.registry.promote, ids[n]) for n in (1, 0)], EVERY_S)
-    seconds = (NUM_SWAPS + 1) * EVERY_S
+    # A few more: who is promoted and replaced while another one is loaded is never live.
+    seconds = (NUM_SWAPS + 20) * EVERY_S
     with process(place, workers=2) as (server, url):
         eventually(lambda: is_ready(url) and total(url, "ecdctr_swaps_total") == 2)
         requests = encode([body(num=len(ITEMS))], "127.0.0.1", SCORE_PATH)
