@@ -49,6 +49,8 @@ class Memory:
         """Seconds since the beginning, and bytes."""
         self.stolen_s: list[float] = []
         """As `stolen_s` counts, between one sample and the next."""
+        self.loop_s: list[float] = []
+        """Processor time that a fixed loop took: no less than usual where others slow it down."""
         self._pid, self._over = pid, threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
@@ -70,7 +72,15 @@ class Memory:
             self.samples.append((time.monotonic() - started_s, resident_bytes(self._pid)))
             now_s = stolen_s()
             self.stolen_s.append(now_s - before_s)
+            self.loop_s.append(_loop_s())
             before_s = now_s
+
+
+def _loop_s() -> float:
+    started_s = time.thread_time()
+    for _ in range(10_000):
+        pass
+    return time.thread_time() - started_s
 
 
 def _command_line(pid: str) -> bytes:

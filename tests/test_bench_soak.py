@@ -28,6 +28,7 @@ def test_a_short_soak_swaps_and_freezes_and_leaves_its_figures_and_a_picture(
     tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(soak, "CANDIDATES", 8)
+    monkeypatch.setattr(soak, "CAPACITY_S", 3.0)
     monkeypatch.setattr(soak, "SHARE", 0.1)  # for a machine that does other things as well
     workspace, recipe = tiny_exported.workspace, tiny_exported.recipe
     found = soak.run(workspace, tiny_exported.asof, recipe, tmp_path, seconds=9.0)
@@ -89,6 +90,11 @@ def test_each_thing_that_must_not_happen_is_seen(
     reports = [phase("steady"), phase("swaps", p99_ms=p99_ms), phase("frozen", failed, ok)]
     found = met(soak.figures(reports, memory, rate=5.0))
     assert {figure for figure, is_met in found.items() if is_met is False} == unmet
+
+
+def test_a_machine_that_is_slowed_down_is_seen() -> None:
+    assert soak.slowness([1.0] * 90 + [1.6] * 10) == 1.6
+    assert soak.slowness([1.0] * 99 + [1.6]) == 1.0
 
 
 def test_a_short_flood_leaves_its_figures(
