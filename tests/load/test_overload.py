@@ -39,12 +39,12 @@ def floods(place_root: Path, seconds: float) -> tuple[float, list[Flood]]:
     return most, found
 
 
-def test_at_twice_the_capacity_half_of_it_is_answered_in_time_and_all_afterwards(
+def test_at_twice_the_capacity_most_of_it_is_answered_in_time_and_all_afterwards(
     tmp_path: Path,
 ) -> None:
     most, (_, _, twice, _, after) = floods(tmp_path, seconds=10.0)
-    # The aim is nine tenths; what turning a request away costs is still too much for that.
-    assert twice.goodput >= 0.5 * most
+    # The aim is nine tenths, which a quiet machine reaches.
+    assert twice.goodput >= 0.75 * most
     assert after.share_good(from_s=2.0) >= 0.99
 
 
