@@ -42,7 +42,8 @@ def stolen_s() -> float:
 
 
 class Memory:
-    """Samples what a process has resident, from the beginning of the block to its end."""
+    """Samples what a process has resident, and how the machine does, from the beginning of the
+    block to its end."""
 
     def __init__(self, pid: int) -> None:
         self.samples: list[tuple[float, int]] = []

@@ -20,7 +20,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -82,8 +82,9 @@ class Size:
     two or three of them, and so of whatever the machine did meanwhile."""
 
 
-QUICK = Size((10, 30), bodies=4, checked=2, rounds=1, clients=(1, 2), closed_s=0.3, open_s=0.5)
-QUICK = replace(QUICK, own_open_s=0.5)
+QUICK = Size(
+    (10, 30), 4, checked=2, rounds=1, clients=(1, 2), closed_s=0.3, open_s=0.5, own_open_s=0.5
+)
 
 
 @dataclass

@@ -1,7 +1,7 @@
 """From the bytes of a request to its columns.
 
-A usual request goes by the short way of `service.usual`, which takes a tenth of the time; pydantic
-accepts all others, or says what is wrong.
+A usual request goes by the short way of `service.usual`, which takes a fraction of the time;
+pydantic accepts all others, or says what is wrong.
 """
 
 from __future__ import annotations
