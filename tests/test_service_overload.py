@@ -120,6 +120,29 @@ def test_what_would_wait_too_long_is_answered_503_with_retry_after() -> None:
         assert served.ask().status == 200
 
 
+@pytest.mark.parametrize(("seconds", "is_flood"), [(0.0, False), (1.5, True)])
+def test_what_gathers_in_a_pause_is_answered_and_a_queue_that_stays_is_not(
+    seconds: float, is_flood: bool
+) -> None:
+    with admitting(max_wait_s=0.05) as served, ThreadPoolExecutor(1) as pool:
+        for _ in range(30):
+            served.ask(block_s=0.01)
+        pause = pool.submit(served.ask, name="pause", block_s=0.3)
+        eventually(lambda: "pause" in served.app.begun)
+        end_s = time.monotonic() + seconds
+
+        def ask_until_the_end(_: int) -> Answer:
+            answer = served.ask(block_s=0.01)
+            while answer.status == 200 and time.monotonic() < end_s:
+                answer = served.ask(block_s=0.01)
+            return answer
+
+        # Work of .1 s: more than the longest wait, less than three times of it.
+        statuses = {answer.status for answer in in_parallel(10, ask_until_the_end)}
+        assert pause.result().status == 200
+        assert (503 in statuses) == (served.shed("wait") > 0) == is_flood
+
+
 def test_what_would_miss_its_deadline_in_the_queue_is_answered_503_and_others_wait() -> None:
     with admitting(max_wait_s=60) as served:
         for _ in range(30):
