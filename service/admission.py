@@ -32,10 +32,10 @@ MAX_BEGUN = 16
 _QUIET_TURNS, _MOST_TURNS = 3, 64
 """Turns of the loop in which nothing arrives, and in all, before the next request is begun. libuv
 accepts one connection a turn, and reads from it two turns later."""
-_BURST_TIMES, _BURST_S = 3.0, 0.25
-"""How many times the longest wait a queue may be, and for how long, if it was empty before: what
-gathers while a machine pauses goes by itself, what stays is a flood. Controlled delay, as in
-B. Maurer, "Fail at Scale", ACM Queue 13(8), 2015."""
+_CALM, _CALM_TIMES = 0.9, 3.0
+"""While less work arrives than this share of what can be done, a queue gathered in a pause of the
+machine and goes by itself: it may be so many times as long."""
+_LOAD_OVER_S = 1.0
 _MEMORY = 0.98
 """Weight of a request in the estimate, relative to that of the next one."""
 _FIRST_GUESS_S = 0.001
@@ -68,6 +68,25 @@ class Cost:
         # Sizes that hardly differ say nothing about a slope.
         slope = max(0.0, covariance / variance) if variance > 1 else 0.0
         return max(0.0, self._seconds + slope * (size - self._size))
+
+    @property
+    def mean(self) -> float:
+        """Of a request whose size is not known."""
+        return self._seconds
+
+
+class Load:
+    """Seconds of work that arrive in a second: a mean over the last one, weighted by age."""
+
+    def __init__(self) -> None:
+        self._load, self._at_s = 0.0, 0.0
+
+    def add(self, expected_s: float) -> None:
+        self._load = self.now() + expected_s / _LOAD_OVER_S
+        self._at_s = time.perf_counter()
+
+    def now(self) -> float:
+        return self._load * math.exp((self._at_s - time.perf_counter()) / _LOAD_OVER_S)
 
 
 @dataclass(frozen=True)
@@ -164,7 +183,7 @@ class Admission:
         self._queue, self._max_wait_s, self._metrics = Queue(), max_wait_s, metrics
         self._costs: Mapping[str, Cost] = {path: Cost() for path in PATHS}
         self._ended_s = 0.0
-        self._long_since_s = math.inf
+        self._load = Load()
 
     def saw_arrival(self) -> None:
         """A request was read, so there may be more."""
@@ -172,22 +191,19 @@ class Admission:
 
     def is_full(self) -> bool:
         """Whether what comes now would wait too long."""
-        if self._queue.is_empty:
-            self._long_since_s = math.inf
-        if self._queue.wait_s <= self._max_wait_s:
+        wait_s = self._queue.wait_s
+        if wait_s <= self._max_wait_s:
             return False
-        now_s = time.perf_counter()
-        self._long_since_s = min(self._long_since_s, now_s)
-        is_burst = now_s - self._long_since_s < _BURST_S
-        return not is_burst or self._queue.wait_s > _BURST_TIMES * self._max_wait_s
+        return wait_s > _CALM_TIMES * self._max_wait_s or self._load.now() > _CALM
 
     def is_idle(self) -> bool:
         """Whether no request waits or is begun."""
         return self._queue.is_empty
 
-    def count(self, reason: str) -> None:
-        """Counts a request that was not begun."""
-        self._metrics.shed.labels(reason).inc()
+    def turned_away(self, path: str) -> None:
+        """A request to one of `PATHS` came while it was full."""
+        self._load.add(self._costs[path].mean)
+        self._count("wait")
 
     @asynccontextmanager
     async def turn(self, request: Request, body: bytes) -> AsyncIterator[Admitted]:
@@ -203,6 +219,7 @@ class Admission:
         deadline_s = arrived_s + _asked_for_s(body)
         cost = self._costs[request.scope["path"]]
         expected_s = cost.of(len(body))
+        self._load.add(expected_s)
         if self.is_full():
             self._refuse("wait", OverloadedError(_OVERLOADED))
         wait_s = self._queue.wait_s
@@ -219,8 +236,12 @@ class Admission:
             self._learn(cost, len(body), received_s)
 
     def _refuse(self, reason: str, error: Exception) -> NoReturn:
-        self.count(reason)
+        self._count(reason)
         raise error
+
+    def _count(self, reason: str) -> None:
+        """A request that was not begun."""
+        self._metrics.shed.labels(reason).inc()
 
     def _learn(self, cost: Cost, size: int, received_s: float) -> None:
         """From the end of the one before it where it waited for that: so what lies between two
@@ -243,7 +264,7 @@ class TurnAway:
             self._admission.saw_arrival()
             if scope["path"] in PATHS and scope["method"] == "POST":
                 if self._admission.is_full():
-                    self._admission.count("wait")
+                    self._admission.turned_away(scope["path"])
                     self._metrics.requests.labels(scope["path"], self._answer.status_code).inc()
                     await self._answer(scope, receive, send)
                     return

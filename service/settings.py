@@ -48,8 +48,8 @@ class Settings:
     max_history: int = 5000
     """Most history items in one request; the model reads the newest of them."""
     max_wait_ms: float = 75.0
-    """A request that would wait longer for those before it is answered 503 at once; after a pause of
-    the machine, three times as long."""
+    """In a flood, a request that would wait longer for those before it is answered 503 at once;
+    otherwise three times as long, since a queue that gathered in a pause goes by itself."""
     drain_s: float = 3.0
     """How long a process goes on to answer after SIGTERM, while callers are sent away."""
     control_token: str = field(default="", repr=False)

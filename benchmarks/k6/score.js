@@ -1,10 +1,11 @@
 // Scoring under a constant arrival rate, for those who use k6:
 //
-//   k6 run -e BODIES=build/bodies.jsonl -e RATE=100 -e DURATION=60s benchmarks/k6/score.js
+//   k6 run -e BODIES=$PWD/build/bodies.jsonl -e RATE=100 -e DURATION=60s benchmarks/k6/score.js
 //
-// BODIES is the file that `ecdctr loadtest --requests` takes, one JSON body a line. One thing is
-// different: k6 measures from the actual time of sending, so what a request waited for before
-// shows up as `dropped_iterations` only, which must be 0 for its percentiles to be trusted.
+// BODIES is the file that `ecdctr loadtest --requests` takes, one JSON body a line; k6 would look
+// for a relative path from where this script is. One thing is different: k6 measures from the
+// actual time of sending, so what a request waited for before shows up as `dropped_iterations`
+// only, which must be 0 for its percentiles to be trusted.
 import http from "k6/http";
 import { check } from "k6";
 import { SharedArray } from "k6/data";
@@ -14,6 +15,9 @@ const URL = `${__ENV.URL || "http://127.0.0.1:8000"}/v1/score`;
 const RATE = Number(__ENV.RATE || 50);
 const SLO_P99_MS = Number(__ENV.SLO_P99_MS || 50);
 
+if (!__ENV.BODIES) {
+  throw new Error("BODIES must be the absolute path of a file with one JSON body a line");
+}
 const bodies = new SharedArray("bodies", () =>
   open(__ENV.BODIES)
     .split("\n")
