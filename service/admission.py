@@ -33,11 +33,12 @@ _QUIET_TURNS, _MOST_TURNS = 3, 64
 """Turns of the loop in which nothing arrives, and in all, before the next request is begun. libuv
 accepts one connection a turn, and reads from it two turns later."""
 _CALM, _CALM_TIMES = 0.9, 3.0
-"""While less work arrives than this share of what can be done, a queue gathered in a pause of the
-machine and goes by itself: it may be so many times as long."""
+"""While less work arrives than this share of what can usually be done, a queue gathered in a pause
+of the machine and goes by itself: it may be so many times as long."""
 _LOAD_OVER_S = 1.0
-_MEMORY = 0.98
-"""Weight of a request in the estimate, relative to that of the next one."""
+NOW, USUALLY = 0.98, 0.9995
+"""Weights of a request in two estimates of what one costs, relative to that of the next one: of the
+last fifty or so, and of the last two thousand, for which a slow second of the machine is short."""
 _FIRST_GUESS_S = 0.001
 _MOST_TIMES_EXPECTED = 3
 """A request that seems to have taken longer has met a pause, which is no property of it."""
@@ -46,16 +47,17 @@ _ARRIVED_S = "ecdctr.arrived_s"
 
 
 class Cost:
-    """Seconds that a request takes by its size in bytes: a line through what the last fifty or so
-    took, by least squares."""
+    """Seconds that a request takes by its size in bytes: a line through what those before took, by
+    least squares. memory: the weight of each, relative to that of the next one."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: float = NOW) -> None:
+        self._memory = memory
         self._weight, self._size, self._seconds = 1.0, 0.0, _FIRST_GUESS_S
         self._square, self._product = 0.0, 0.0
 
     def learn(self, size: int, seconds: float) -> None:
         seconds = min(seconds, _MOST_TIMES_EXPECTED * self.of(size) + _FIRST_GUESS_S)
-        self._weight = _MEMORY * self._weight + 1
+        self._weight = self._memory * self._weight + 1
         share = 1 / self._weight
         self._size += share * (size - self._size)
         self._seconds += share * (seconds - self._seconds)
@@ -76,7 +78,7 @@ class Cost:
 
 
 class Load:
-    """Seconds of work that arrive in a second: a mean over the last one, weighted by age."""
+    """Seconds of usual work that arrive in a second: a mean over the last one, weighted by age."""
 
     def __init__(self) -> None:
         self._load, self._at_s = 0.0, 0.0
@@ -182,6 +184,7 @@ class Admission:
     def __init__(self, max_wait_s: float, metrics: Metrics) -> None:
         self._queue, self._max_wait_s, self._metrics = Queue(), max_wait_s, metrics
         self._costs: Mapping[str, Cost] = {path: Cost() for path in PATHS}
+        self._usual_costs: Mapping[str, Cost] = {path: Cost(USUALLY) for path in PATHS}
         self._ended_s = 0.0
         self._load = Load()
 
@@ -202,7 +205,7 @@ class Admission:
 
     def turned_away(self, path: str) -> None:
         """A request to one of `PATHS` came while it was full."""
-        self._load.add(self._costs[path].mean)
+        self._load.add(self._usual_costs[path].mean)
         self._count("wait")
 
     @asynccontextmanager
@@ -217,9 +220,9 @@ class Admission:
         received_s = time.perf_counter()
         arrived_s: float = request.scope.get(_ARRIVED_S, received_s)
         deadline_s = arrived_s + _asked_for_s(body)
-        cost = self._costs[request.scope["path"]]
-        expected_s = cost.of(len(body))
-        self._load.add(expected_s)
+        path = request.scope["path"]
+        expected_s = self._costs[path].of(len(body))
+        self._load.add(self._usual_costs[path].of(len(body)))
         if self.is_full():
             self._refuse("wait", OverloadedError(_OVERLOADED))
         wait_s = self._queue.wait_s
@@ -233,7 +236,7 @@ class Admission:
             if _is_gone(request.receive):
                 self._refuse("gone", ClientDisconnect())
             yield Admitted(arrived_s, received_s, begun_s)
-            self._learn(cost, len(body), received_s)
+            self._learn(path, len(body), received_s)
 
     def _refuse(self, reason: str, error: Exception) -> NoReturn:
         self._count(reason)
@@ -243,11 +246,13 @@ class Admission:
         """A request that was not begun."""
         self._metrics.shed.labels(reason).inc()
 
-    def _learn(self, cost: Cost, size: int, received_s: float) -> None:
+    def _learn(self, path: str, size: int, received_s: float) -> None:
         """From the end of the one before it where it waited for that: so what lies between two
         requests is counted too, and what runs beside another is not counted twice."""
         now_s = time.perf_counter()
-        cost.learn(size, now_s - max(received_s, self._ended_s))
+        seconds = now_s - max(received_s, self._ended_s)
+        self._costs[path].learn(size, seconds)
+        self._usual_costs[path].learn(size, seconds)
         self._ended_s = now_s
 
 

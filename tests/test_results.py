@@ -18,7 +18,7 @@ from training.update import TIERS
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = (DOCS / "experiments.md").read_text()
 PAGES = {"bench-store": "store.md"} | dict.fromkeys(
-    ["bench-soak", "bench-soak-900", "bench-overload", "bench-startup"], "benchmarks-endurance.md"
+    ["bench-soak", "bench-overload", "bench-startup"], "benchmarks-endurance.md"
 )
 """Of benchmarks whose page has another name than they."""
 STORED = sorted((DOCS / "results" / "experiments").glob("*.json"))

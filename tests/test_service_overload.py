@@ -31,7 +31,7 @@ from loadtest.client import Target
 from loadtest.schedule import arrivals_of
 from loadtest.traffic import Traffic
 from service import errors
-from service.admission import Admission, Cost, TurnAway
+from service.admission import NOW, USUALLY, Admission, Cost, TurnAway
 from service.metrics import Metrics
 from service.settings import Settings, SettingsError
 
@@ -218,6 +218,20 @@ def test_a_pause_of_the_whole_process_hardly_changes_what_a_request_is_taken_to_
         cost.learn(5_000, 0.002)
     cost.learn(5_000, 2.0)
     assert cost.of(5_000) < 0.0022
+
+
+def test_a_slow_second_changes_the_expected_wait_but_not_what_a_request_usually_costs() -> None:
+    now, usually = Cost(NOW), Cost(USUALLY)
+    for cost in (now, usually):
+        for _ in range(3000):
+            cost.learn(5_000, 0.002)
+        for _ in range(100):
+            cost.learn(5_000, 0.004)
+    assert now.of(5_000) > 0.0035
+    assert usually.of(5_000) < 0.0022
+    for _ in range(6000):  # a machine that stays slow is usual in the end
+        usually.learn(5_000, 0.004)
+    assert usually.of(5_000) > 0.0035
 
 
 def test_the_wait_is_in_the_stage_times_and_counts_for_the_deadline(tmp_path: Path) -> None:
