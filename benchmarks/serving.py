@@ -334,6 +334,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="small, and without the peers")
     options = parser.parse_args(arguments)
     size, others = (QUICK, ()) if options.quick else (Size(), OTHERS)
+    if absent := [system.name for system in others if not system.environment_ready]:
+        sys.exit(f"benchmarks.serving: not installed: {', '.join(absent)}; make bench-serving does")
     workspace, asof = model_of(options, "benchmarks.serving")
     print(run(workspace, asof, complete_journey(), options.out.resolve(), size, others))
 

@@ -40,6 +40,11 @@ class System:
     by_row: bool = False
     """Bodies have an object per ad."""
 
+    @property
+    def environment_ready(self) -> bool:
+        """Its packages are installed."""
+        return not self.environment or (PEERS / self.environment / "ready").exists()
+
     def content(self, body: Body) -> bytes:
         """The body as this server reads it."""
         return orjson.dumps(_by_row(body) if self.by_row else body)

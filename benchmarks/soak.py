@@ -35,7 +35,7 @@ from loadtest.disturbance import Freeze, Swap
 from loadtest.picture import draw
 from loadtest.progress import watch
 from loadtest.report import Limits, PhaseReport, Report, table
-from loadtest.run import Phase, Runner
+from loadtest.run import Phase, Runner, stopping_on_signals
 from training.demo import running_redis
 from training.recipes import Recipe, complete_journey
 from training.workspace import Workspace
@@ -71,7 +71,8 @@ def phases(
 
 
 def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float) -> Figures:
-    """Leaves out/soak.json with the figures, out/soak-report.json and out/soak.png."""
+    """Leaves out/soak.json with the figures, out/soak-report.json and out/soak.png. Ctrl-C and
+    SIGTERM end it early, with the last two of what ran."""
     cores = sorted(os.sched_getaffinity(0))
     with on_core(cores[-1]), running_redis() as store:
         served = make(source, asof, recipe, out / "soak", store, {CANDIDATES: BODIES})
@@ -88,16 +89,24 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
             rate = SHARE * sustained(port, requests)
             runner = Runner(Target("127.0.0.1", port), requests, watch=watch)
             with Memory(pid) as memory:
-                loop.run(runner.run(phases(rate, seconds, promote, store_pid)))
+                loop.run(_until_told(runner, phases(rate, seconds, promote, store_pid)))
     limits = Limits(max_failures=0)
     url, what = f"http://127.0.0.1:{port}", f"{BODIES} pages of {source.root.name}"
-    report = Report("python -m benchmarks.soak", url, 0, what, [CANDIDATES], runner.reports, limits)
+    by, reports = "python -m benchmarks.soak", runner.reports
+    report = Report(by, url, 0, what, [CANDIDATES], reports, limits, started=runner.started)
     print(table(report.phases))
     report.write(out / "soak-report.json")
     draw(report, out / "soak.png", memory.samples)
+    if runner.stop.is_set():
+        sys.exit(f"benchmarks.soak: ended early, so without figures; what ran is in {out}")
     found = figures(report.phases, memory, rate)
     found.write(out / "soak.json")
     return found
+
+
+async def _until_told(runner: Runner, load: Sequence[Phase]) -> None:
+    with stopping_on_signals(runner.stop):
+        await runner.run(load)
 
 
 def figures(reports: Sequence[PhaseReport], memory: Memory, rate: float) -> Figures:

@@ -186,7 +186,9 @@ async def _run(options: argparse.Namespace) -> tuple[Report, bool]:
     source = str(options.requests or options.bundle)
     limits = Limits(None if options.search else options.slo_p99_ms, options.max_failures)
     reports = runner.reports
-    made = Report(command, options.url, options.seed, source, sizes, reports, limits, search)
+    made = Report(
+        command, options.url, options.seed, source, sizes, reports, limits, search, runner.started
+    )
     return made, interrupted.is_set()
 
 

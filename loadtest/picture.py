@@ -12,6 +12,10 @@ from matplotlib.figure import Figure
 
 from loadtest.report import PhaseReport, Report, Second
 
+MARKED = 300
+"""Most seconds that get a dot each."""
+LETTERS = 120
+"""Of a phase's name that fit beside each other."""
 COLOURS = ("#0b6e99", "#d9730d", "#448361", "#9065b0", "#c14c8a", "#787774", "#cb912f")
 
 
@@ -65,21 +69,27 @@ def _rates(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -
     for i, (row, label) in enumerate(zip(rows, labels, strict=True)):
         below = [sum(column) for column in zip(*rows[:i], strict=True)] or [0] * len(x)
         axis.bar(x, row, 1.0, below, color=colours[i % len(colours)], alpha=0.7, label=label)
-    axis.set_ylim(0, 1.05 * max((s.due for s in seconds), default=1))
+    most = max((s.due for s in seconds), default=1)
+    failing = [middle for middle, second in zip(x, seconds, strict=True) if second.failed]
+    if failing:  # of 200 requests, one is less than a pixel
+        heights = [1.04 * most] * len(failing)
+        axis.plot(failing, heights, "v", color="#c1352c", ms=5, label="a second with failures")
+    axis.set_ylim(0, 1.08 * most)
     axis.set_ylabel("requests by second due")
-    axis.legend(loc="upper left", fontsize=8)
+    _legend(axis)
 
 
 def _latencies(axis: Axes, report: Report, starts: Sequence[float]) -> None:
     x, seconds = _points(report.phases, starts)
-    for i, name in enumerate(("p50_ms", "p99_ms", "max_ms")):
-        axis.plot(x, [getattr(s, name) for s in seconds], ".-", color=COLOURS[i], lw=1, label=name)
+    style = ".-" if len(seconds) <= MARKED else "-"
+    for name, colour in (("max_ms", "#bbbbbb"), ("p99_ms", COLOURS[1]), ("p50_ms", COLOURS[0])):
+        axis.plot(x, [getattr(s, name) for s in seconds], style, color=colour, lw=1, label=name)
     if report.limits.slo_p99_ms:
         axis.axhline(report.limits.slo_p99_ms, color="#c1352c", ls="--", lw=1, label="limit of p99")
     axis.set_yscale("log")
     axis.set_ylabel("ms from intended time")
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper left", fontsize=8)
+    _legend(axis)
 
 
 def _models(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
@@ -91,7 +101,7 @@ def _models(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) 
         below = [a + b for a, b in zip(below, shares, strict=True)]
     axis.set_ylabel("share of ok, by model")
     if seconds:
-        axis.legend(loc="upper left", fontsize=8)
+        _legend(axis)
 
 
 def _memory(axis: Axes, memory: Sequence[tuple[float, int]]) -> None:
@@ -101,15 +111,26 @@ def _memory(axis: Axes, memory: Sequence[tuple[float, int]]) -> None:
     axis.grid(alpha=0.3)
 
 
+def _legend(axis: Axes) -> None:
+    """Beside the axes, where it hides nothing."""
+    axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), fontsize=8, frameon=False)
+
+
 def _shade(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
-    for i, (phase, start) in enumerate(zip(phases, starts, strict=True)):
-        if i % 2:
-            axis.axvspan(start, start + phase.seconds, color="#000000", alpha=0.06, lw=0)
+    """A phase as dark as the others of its name."""
+    names = list(dict.fromkeys(phase.plan.name for phase in phases))
+    for phase, start in zip(phases, starts, strict=True):
+        darkness = 0.06 * (names.index(phase.plan.name) % 3)
+        axis.axvspan(start, start + phase.seconds, color="#000000", alpha=darkness, lw=0)
         for event in phase.events:
             axis.axvline(start + event.at_s, color="#787774", lw=0.7, ls=":")
 
 
 def _names(axis: Axes, phases: Sequence[PhaseReport], starts: Sequence[float]) -> None:
+    """Upright where they would run into each other."""
+    letter_s = sum(phase.seconds for phase in phases) / LETTERS
+    upright = any(phase.seconds < letter_s * len(phase.plan.name) for phase in phases)
     for phase, start in zip(phases, starts, strict=True):
-        where = (start + phase.seconds / 2, 1.01)
-        axis.text(*where, phase.plan.name, transform=axis.get_xaxis_transform(), ha="center")
+        where, angle = (start + phase.seconds / 2, 1.01), 90 if upright else 0
+        name, transform = phase.plan.name, axis.get_xaxis_transform()
+        axis.text(*where, name, transform=transform, ha="center", rotation=angle, fontsize=9)

@@ -13,7 +13,6 @@ import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -288,7 +287,8 @@ class Report:
     phases: list[PhaseReport]
     limits: Limits
     search: SearchReport | None = None
-    started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    started: str = ""
+    """UTC, ISO 8601."""
     machine: str = field(default_factory=lambda: machine())
 
     def broken(self) -> list[str]:

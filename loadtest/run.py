@@ -9,6 +9,7 @@ import signal
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Any
 
 from loadtest.bodies import Request
@@ -66,6 +67,7 @@ class Runner:
         watch: Watch | None = None,
     ) -> None:
         self.stop = asyncio.Event()
+        self.started = datetime.now(UTC).isoformat(timespec="seconds")
         self.reports: list[PhaseReport] = []
         """Of the phases that ran, the last one perhaps in part."""
         self._target, self._requests, self._seed, self._watch = target, requests, seed, watch

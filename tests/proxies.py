@@ -70,10 +70,18 @@ class Proxy:
             writer.close()
 
     async def _end(self) -> None:
+        stop_accepting(self._listening)
+        while serving := asyncio.all_tasks() - {asyncio.current_task()}:
+            self._close_all()  # again: one that was accepted just now may have opened more
+            await asyncio.wait(serving, timeout=0.1)
         self._listening.close()
-        self._close_all()
-        if serving := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(serving, timeout=5)
+
+
+def stop_accepting(server: asyncio.Server) -> None:
+    """To be closed once no task of its loop is left: what it has accepted, and has made no
+    connection of when it is closed, asyncio would leave open."""
+    for listener in server.sockets:
+        asyncio.get_running_loop().remove_reader(listener.fileno())
 
 
 @contextmanager

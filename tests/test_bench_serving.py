@@ -200,6 +200,17 @@ def test_a_workspace_without_a_model_is_said_to_need_the_demo(tmp_path: Path) ->
         main(["--quick", "--bundle-from", str(tmp_path)])
 
 
+def test_servers_that_are_not_installed_are_named_before_anything_is_timed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(serving_peers, "PEERS", tmp_path)
+    installed = tmp_path / "fastapi" / "ready"
+    installed.parent.mkdir()
+    installed.touch()
+    with pytest.raises(SystemExit, match=": LitServe, BentoML, Ray Serve, mosec; make"):
+        main(["--bundle-from", str(tmp_path)])
+
+
 def test_every_server_has_its_script_and_what_it_needs_pinned() -> None:
     for system in OTHERS:
         assert (serving_peers.SCRIPTS / f"{system.environment}.txt").is_file()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from benchmarks.processes import Memory
 from bundle.artifact import open_artifact
 from bundle.registry import Registry
 from loadtest.report import Event, Latency, PhaseReport, Plan, Second
+from loadtest.traffic import Traffic
 
 
 def met(found: Figures) -> dict[str, bool | None]:
@@ -41,6 +43,27 @@ def test_a_short_soak_swaps_and_freezes_and_leaves_its_figures_and_a_picture(
     assert sum(swaps["models"].values()) == swaps["ok"] > 100
     assert Figures.read(tmp_path / "soak.json").found == found.found
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_soak_that_is_ended_early_leaves_what_ran_and_no_figures(
+    tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def end_second(plan: Plan, _: Traffic) -> None:
+        if plan.name == "swaps":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(soak, "CANDIDATES", 8)
+    monkeypatch.setattr(soak, "CAPACITY_S", 3.0)
+    monkeypatch.setattr(soak, "SHARE", 0.1)
+    monkeypatch.setattr(soak, "watch", end_second)
+    with pytest.raises(SystemExit, match="ended early"):
+        soak.run(
+            tiny_exported.workspace, tiny_exported.asof, tiny_exported.recipe, tmp_path, seconds=9.0
+        )
+    reports = json.loads((tmp_path / "soak-report.json").read_text())["phases"]
+    assert [report["complete"] for report in reports] == [True, False]
+    assert (tmp_path / "soak.png").is_file()
+    assert not (tmp_path / "soak.json").exists()
 
 
 def phase(

@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -24,6 +25,7 @@ import numpy as np
 import orjson
 import pytest
 from commands import ROOT
+from proxies import stop_accepting
 from scipy import stats
 from servers import free_port
 
@@ -77,6 +79,9 @@ class Scripted(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
         self._server.connections.append(self._transport)
 
+    def connection_lost(self, error: Exception | None) -> None:
+        self._server.num_lost += 1
+
     def data_received(self, data: bytes) -> None:
         self._parser.feed_data(data)
 
@@ -98,6 +103,7 @@ class Server:
     def __init__(self, behave: Behave, delay_s: float) -> None:
         self.behave, self.delay_s, self.port = behave, delay_s, 0
         self.connections: list[asyncio.Transport] = []
+        self.num_lost = 0
         self.bodies: list[bytes] = []
         self.started, self.ended = threading.Event(), asyncio.Event()
 
@@ -107,11 +113,18 @@ class Server:
         self.port = server.sockets[0].getsockname()[1]
         self.started.set()
         await self.ended.wait()
+        stop_accepting(server)
+        while accepting := asyncio.all_tasks() - {asyncio.current_task()}:
+            await asyncio.wait(accepting)
         server.close()
-        await asyncio.sleep(0.05)  # what was accepted just now becomes a connection
+        await self._end_connections()
+
+    async def _end_connections(self) -> None:
+        """However long it takes: what the loop leaves open warns in a later test."""
         for connection in self.connections:
             connection.abort()
-        await asyncio.sleep(0.05)  # and each of them closes
+        while self.num_lost < len(self.connections):
+            await asyncio.sleep(0)
 
 
 @contextmanager
@@ -794,11 +807,14 @@ class TestCommand:
         with subprocess.Popen(command, cwd=ROOT, text=True, **pipes) as process:
             assert process.stderr is not None
             assert process.stderr.readline().startswith("steady 1 s: ")
+            under_way = datetime.now(UTC)
             process.send_signal(signal.SIGINT)
             output, _ = process.communicate(timeout=DEADLINE_S)
         assert process.returncode == 130
         assert output.splitlines()[1].startswith("steady")
-        (phase,) = json.loads((tmp_path / "report.json").read_text())["phases"]
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert datetime.fromisoformat(report["started"]) < under_way
+        (phase,) = report["phases"]
         assert not phase["complete"]
         assert 0 < phase["due"] < 6000
 
