@@ -41,12 +41,12 @@ def stolen_s() -> float:
     return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
-class Memory:
+class Sampler:
     """Samples what a process has resident, and how the machine does, from the beginning of the
     block to its end."""
 
     def __init__(self, pid: int) -> None:
-        self.samples: list[tuple[float, int]] = []
+        self.memory: list[tuple[float, int]] = []
         """Seconds since the beginning, and bytes."""
         self.stolen_s: list[float] = []
         """As `stolen_s` counts, between one sample and the next."""
@@ -55,7 +55,7 @@ class Memory:
         self._pid, self._over = pid, threading.Event()
         self._thread = threading.Thread(target=self._sample)
 
-    def __enter__(self) -> Memory:
+    def __enter__(self) -> Sampler:
         self._thread.start()
         return self
 
@@ -65,12 +65,12 @@ class Memory:
 
     def most(self, from_s: float, to_s: float) -> int:
         """Bytes."""
-        return max(size for at_s, size in self.samples if from_s <= at_s <= to_s)
+        return max(size for at_s, size in self.memory if from_s <= at_s <= to_s)
 
     def _sample(self) -> None:
         started_s, before_s = time.monotonic(), stolen_s()
         while not self._over.wait(SAMPLE_S):
-            self.samples.append((time.monotonic() - started_s, resident_bytes(self._pid)))
+            self.memory.append((time.monotonic() - started_s, resident_bytes(self._pid)))
             now_s = stolen_s()
             self.stolen_s.append(now_s - before_s)
             self.loop_s.append(_loop_s())

@@ -2,27 +2,24 @@
 
 All serve the same trained A-CTR to the same requests from the same Redis, and give the same scores,
 which is checked before anything is timed. Each has one worker on one core; the load generator and
-the Redis have another. They take turns, round after round, and what is compared was measured in the
-same round.
+the Redis have another. Each takes turns with this service, second after second, so that what is
+compared was measured on a machine of the same speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import http.client
-import json
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +31,11 @@ from benchmarks.serving_peers import (
     OTHERS,
     OURS,
     PLAIN,
-    ROOT,
     TILED,
     TUNED,
     System,
     ask,
+    floor,
     running,
 )
 from loadtest import loop
@@ -57,6 +54,7 @@ TOLERANCE = 1e-5
 """Largest difference between two servers' scores of a candidate."""
 GOALS = {TUNED: 2.2, TILED: 4.0, PLAIN: 6.0}
 """Times their requests per second, at the largest number of candidates."""
+FLOOR = "no HTTP (floor)"
 POSSIBLE = 1.05
 """Times its own floor that this service can be; above that, something else slowed the floor."""
 SHARES = {"half": (0.5, "poisson"), "a tenth": (0.1, "constant")}
@@ -73,52 +71,75 @@ class Size:
     bodies: int = 40
     checked: int = 5
     """Bodies of each number of candidates whose scores are compared."""
-    rounds: int = 2
+    pairs: int = 3
+    """How often another server, and this service right after it, is measured."""
     clients: tuple[int, ...] = (1, 2, 8)
+    """Of which the best number counts; and as many requests at once without HTTP."""
     closed_s: float = 1.0
     open_s: float = 3.0
-    own_open_s: float = 12.0
+    own_open_s: float = 24.0
     """The same of this service, which goals hold for: the p99 of some hundred requests is that of
     two or three of them, and so of whatever the machine did meanwhile."""
 
 
 QUICK = Size(
-    (10, 30), 4, checked=2, rounds=1, clients=(1, 2), closed_s=0.3, open_s=0.5, own_open_s=0.5
+    candidates=(10, 30),
+    bodies=4,
+    checked=2,
+    pairs=1,
+    clients=(1, 2),
+    closed_s=0.3,
+    open_s=0.5,
+    own_open_s=0.5,
 )
+Rate = Callable[[int, int], float]
+"""Requests a second, by the number of candidates and of requests at once."""
 
 
 @dataclass
-class Round:
-    """What one round found, by system and number of candidates."""
+class Found:
+    """What was measured, by system and number of candidates."""
 
-    floor: dict[int, float] = field(default_factory=dict)
+    pairs: dict[tuple[str, int], list[tuple[float, float]]] = field(default_factory=dict)
+    """Requests a second of a system, and then of this service."""
     parts_ms: dict[str, float] = field(default_factory=dict)
-    rate: dict[tuple[str, int], float] = field(default_factory=dict)
-    """Requests a second of the best number of clients."""
     latency: dict[tuple[str, int, str], tuple[float, float, float]] = field(default_factory=dict)
     """p50, p99, and the ideal queue's p99, ms, at a share of the maximum."""
+
+    def maximum(self, name: str, num: int) -> float:
+        """Requests a second of a system, the median."""
+        if name == OURS.name:
+            return statistics.median(
+                ours for (_, n), pairs in self.pairs.items() if n == num for _, ours in pairs
+            )
+        return statistics.median(other for other, _ in self.pairs[name, num])
+
+    def times(self, name: str, num: int) -> float:
+        """This service to a system, the median."""
+        return statistics.median(ours / other for other, ours in self.pairs[name, num])
 
 
 class Differing(AssertionError):
     """Two servers give different scores, so their speeds can't be compared."""
 
 
-def measure(served: Served, size: Size, others: Sequence[System], server_core: int) -> list[Round]:
-    """Every round each server once, and the floor before and after this service: the better one."""
-    rounds, expected = [], dict[int, list[list[float]]]()
-    for number in range(size.rounds):
-        found = Round()
-        _measure_floor(found, served, size, server_core)
-        for system in (OURS, *others):
-            with running(system, served, server_core) as port:
-                check(system, port, served, size, expected)
-                _measure_system(found, system, port, served, size, number)
-            if system is OURS:
-                _measure_floor(found, served, size, server_core)
-            rates = {n: round(found.rate[system.name, n], 1) for n in size.candidates}
-            print(f"round {number + 1}, {system.name}: {rates} requests/s", file=sys.stderr)
-        rounds.append(found)
-    return rounds
+def measure(served: Served, size: Size, others: Sequence[System], server_core: int) -> Found:
+    """The floor before and after the others; this service in turns with each of them."""
+    found, expected = Found(), dict[int, list[list[float]]]()
+    with running(OURS, served, server_core) as port:
+        check(OURS, port, served, size, expected)
+        own = Server(OURS, port, served, size)
+        _measure_floor(found, own, server_core)
+        own.measure_latencies(found, size.candidates, size.own_open_s)
+        found.parts_ms |= own.stages()
+        for system in others:
+            with running(system, served, server_core) as other_port:
+                check(system, other_port, served, size, expected)
+                other = Server(system, other_port, served, size)
+                _compare(found, system.name, other.rate, own)
+                other.measure_latencies(found, [max(size.candidates)], size.open_s)
+        _measure_floor(found, own, server_core)
+    return found
 
 
 def check(
@@ -136,58 +157,77 @@ def check(
             raise Differing(f"{system.name}: a score of {num} candidates is off by {worst:.2g}")
 
 
-def _measure_floor(found: Round, served: Served, size: Size, core: int) -> None:
-    for num, bodies in served.bodies.items():
-        (served.folder / f"bodies-{num}.json").write_text(json.dumps(bodies))
-    current = served.workspace.registry.current()
-    assert current is not None
-    bundle = served.workspace.registry.path(current.current)
-    command = [sys.executable, "-m", "benchmarks.serving_floor", str(served.folder), str(bundle)]
-    command += [served.store, str(size.closed_s)]
-    pinned = partial(os.sched_setaffinity, 0, {core})
-    done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, check=True, preexec_fn=pinned)
-    said = json.loads(done.stdout.splitlines()[-1])
-    for num, rate in said["rates"].items():
-        found.floor[int(num)] = max(found.floor.get(int(num), 0.0), rate)
-    found.parts_ms |= said["parts_ms"]
+def _measure_floor(found: Found, own: Server, core: int) -> None:
+    with floor(own.served, core) as without_http:
+        _compare(found, FLOOR, lambda *what: without_http("rate", *what, own.size.closed_s), own)
+        found.parts_ms |= without_http("parts", max(own.size.candidates))
 
 
-def _measure_system(
-    found: Round, system: System, port: int, served: Served, size: Size, seed: int
-) -> None:
-    most = max(size.candidates)
-    for num, bodies in served.bodies.items():
-        requests = [_wire(system, body, num) for body in bodies]
-        run = partial(_phase, port, requests, seed, f"{system.name}, {num} candidates")
-        run(Phase("warm-up", size.closed_s / 2, clients=2))
-        closed = {n: run(Phase("closed", size.closed_s, clients=n)) for n in size.clients}
-        best = max(report.ok_per_s for report in closed.values())
-        found.rate[system.name, num] = best
-        service_ms = closed[min(closed)].latency_ms.p50
-        assert service_ms is not None
-        seconds = size.own_open_s if system is OURS else size.open_s
-        for share, (part, kind) in SHARES.items() if system is OURS or num == most else ():
-            report = run(Phase("open", seconds, rate=part * best, arrivals=kind))
-            p50, p99 = report.latency_ms.p50, report.latency_ms.p99
-            arrivals = arrivals_of(kind, part * best, seconds, seed)
-            ideal = percentile_ms(ideal_latencies(arrivals, service_ms / 1000), 99)
-            assert p50
-            assert p99
-            assert ideal
-            found.latency[system.name, num, share] = (p50, p99, ideal)
-    if system is OURS:
-        found.parts_ms |= _stages(port, [system.content(b) for b in served.bodies[most]])
+def _compare(found: Found, name: str, rate: Rate, own: Server) -> None:
+    for num in own.size.candidates:
+        rate(num, 1)  # warms it up
+        pairs = found.pairs.setdefault((name, num), [])
+        pairs += [_pair(rate, own.rate, num, own.size) for _ in range(own.size.pairs)]
+        per_s, times = found.maximum(name, num), found.times(name, num)
+        said = f"{per_s:.0f} requests/s, {times:.2f} times that by {OURS.name}"
+        print(f"{num} candidates, {name}: {said}", file=sys.stderr)
 
 
-def _phase(
-    port: int, requests: Sequence[Request], seed: int, what: str, phase: Phase
-) -> PhaseReport:
-    """A runner's first phase has its arrivals from the seed itself."""
-    runner = Runner(Target("127.0.0.1", port), requests, seed)
-    report = loop.run(runner.run_phase(phase))
-    if report.num_failed or report.degraded:
-        raise RuntimeError(f"{what}: failed {report.failed}, degraded {report.degraded_by}")
-    return report
+def _pair(other: Rate, own: Rate, num: int, size: Size) -> tuple[float, float]:
+    """Of each its best number of requests at once. Neither does anything in the other's turn."""
+    rates = [(other(num, at_once), own(num, at_once)) for at_once in size.clients]
+    return max(rate for rate, _ in rates), max(rate for _, rate in rates)
+
+
+@dataclass(frozen=True)
+class Server:
+    """One that runs, and what it is sent."""
+
+    system: System
+    port: int
+    served: Served
+    size: Size
+
+    def rate(self, num: int, clients: int) -> float:
+        """Requests a second of so many clients that wait for their answers."""
+        return self._phase(num, Phase("closed", self.size.closed_s, clients=clients)).ok_per_s
+
+    def measure_latencies(self, found: Found, nums: Sequence[int], seconds: float) -> None:
+        """At `SHARES` of its maximum, which is known."""
+        for num in nums:
+            for share, (part, kind) in SHARES.items():
+                rate = part * found.maximum(self.system.name, num)
+                where = self.system.name, num, share
+                found.latency[where] = self._latency(num, seconds, rate, kind)
+
+    def stages(self) -> dict[str, float]:
+        """Median milliseconds of the service's own stages, and of what a client waits beyond them,
+        at most candidates."""
+        bodies = self.served.bodies[max(self.size.candidates)]
+        return _stages(self.port, [self.system.content(body) for body in bodies])
+
+    def _latency(
+        self, num: int, seconds: float, rate: float, kind: str
+    ) -> tuple[float, float, float]:
+        """p50, p99, and that of an ideal queue that serves as fast as this does just now, ms."""
+        one = self._phase(num, Phase("closed", self.size.closed_s, clients=1)).latency_ms.p50
+        report = self._phase(num, Phase("open", seconds, rate=rate, arrivals=kind))
+        p50, p99 = report.latency_ms.p50, report.latency_ms.p99
+        assert one
+        ideal = percentile_ms(ideal_latencies(arrivals_of(kind, rate, seconds, 0), one / 1000), 99)
+        assert p50
+        assert p99
+        assert ideal
+        return p50, p99, ideal
+
+    def _phase(self, num: int, phase: Phase) -> PhaseReport:
+        """A runner's first phase has its arrivals from the seed itself."""
+        requests = [_wire(self.system, body, num) for body in self.served.bodies[num]]
+        report = loop.run(Runner(Target("127.0.0.1", self.port), requests).run_phase(phase))
+        if report.num_failed or report.degraded:
+            what = f"{self.system.name}, {num} candidates"
+            raise RuntimeError(f"{what}: failed {report.failed}, degraded {report.degraded_by}")
+        return report
 
 
 def _wire(system: System, body: Body, num: int) -> Request:
@@ -197,7 +237,6 @@ def _wire(system: System, body: Body, num: int) -> Request:
 
 
 def _stages(port: int, contents: Sequence[bytes]) -> dict[str, float]:
-    """Median milliseconds of the service's own stages, and of what a client waits beyond them."""
     taken: defaultdict[str, list[float]] = defaultdict(list)
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=ASK_TIMEOUT_S)
     for content in contents:
@@ -218,51 +257,44 @@ def _stages(port: int, contents: Sequence[bytes]) -> dict[str, float]:
 # What it comes to
 
 
-def figures(rounds: Sequence[Round], size: Size) -> Figures:
-    """Medians over the rounds; a ratio is that of two figures of one round."""
-    found, systems = Figures(), list(dict.fromkeys(name for name, _ in rounds[0].rate))
+def figures(found: Found, size: Size) -> Figures:
+    """Medians; a ratio is that of the two figures of a pair."""
+    said, others = Figures(), list(dict.fromkeys(name for name, _ in found.pairs))
     fewest, most = min(size.candidates), max(size.candidates)
     for num in size.candidates:
-        floor = statistics.median(r.floor[num] for r in rounds)
-        found.add(f"requests per second, N = {num}, no HTTP (floor)", floor, "1/s")
-        for name in systems:
-            rate = statistics.median(r.rate[name, num] for r in rounds)
-            found.add(f"requests per second, N = {num}, {name}", rate, "1/s")
+        for name in (FLOOR, OURS.name, *others[1:]):
+            rate = found.maximum(name, num)
+            said.add(f"requests per second, N = {num}, {name}", rate, "1/s")
     for num in size.candidates:
-        share = statistics.median(r.rate[OURS.name, num] / r.floor[num] for r in rounds)
         goal = {fewest: 0.8, most: 0.9}.get(num)
-        found.add(f"{OURS.name} to its floor, N = {num}", share, "x", at_least=goal)
-    ratios = [r.rate[OURS.name, num] / r.floor[num] for r in rounds for num in size.candidates]
-    disturbed = sum(ratio > POSSIBLE for ratio in ratios)
-    found.add("times that the floor was beaten, so disturbed", disturbed, "", at_most=0)
-    for name in systems[1:]:
+        share = found.times(FLOOR, num)
+        said.add(f"{OURS.name} to its floor, N = {num}", share, "x", at_least=goal)
+    pairs = [pair for num in size.candidates for pair in found.pairs[FLOOR, num]]
+    disturbed = sum(ours > POSSIBLE * floor for floor, ours in pairs)
+    said.add("times that the floor was beaten, so disturbed", disturbed, "", at_most=0)
+    for name in others[1:]:
         for num in size.candidates:
-            times = statistics.median(r.rate[OURS.name, num] / r.rate[name, num] for r in rounds)
             goal = GOALS.get(name) if num == most else None
-            found.add(f"{OURS.name} to {name}, N = {num}", times, "x", at_least=goal)
-    _add_latencies(found, rounds)
-    for part in rounds[0].parts_ms:
-        ms = statistics.median(r.parts_ms[part] for r in rounds)
-        found.add(f"time of a request, N = {most}, {part}", ms, "ms")
-    return found
+            times = found.times(name, num)
+            said.add(f"{OURS.name} to {name}, N = {num}", times, "x", at_least=goal)
+    _add_latencies(said, found)
+    for part, ms in found.parts_ms.items():
+        said.add(f"time of a request, N = {most}, {part}", ms, "ms")
+    return said
 
 
-def _add_latencies(found: Figures, rounds: Sequence[Round]) -> None:
-    for name, num, share in rounds[0].latency:
-        each = [r.latency[name, num, share] for r in rounds]
-        p50, p99, _ = (statistics.median(column) for column in zip(*each, strict=True))
+def _add_latencies(said: Figures, found: Found) -> None:
+    for (name, num, share), (p50, p99, ideal) in found.latency.items():
         where = f"N = {num}, {share} of the maximum, {name}"
-        found.add(f"p50, {where}", p50, "ms")
-        found.add(f"p99, {where}", p99, "ms")
         is_ours = name == OURS.name
+        said.add(f"p50, {where}", p50, "ms")
+        said.add(f"p99, {where}", p99, "ms")
         if share == "half":
-            times = statistics.median(p99 / ideal for _, p99, ideal in each)
             goal = 1.3 if is_ours else None
-            found.add(f"p99 to an ideal queue, {where}", times, "x", at_most=goal)
+            said.add(f"p99 to an ideal queue, {where}", p99 / ideal, "x", at_most=goal)
         else:
-            times = statistics.median(p99 / p50 for p50, p99, _ in each)
             goal = 1.6 if is_ours else None
-            found.add(f"p99 to p50, {where}", times, "x", at_most=goal)
+            said.add(f"p99 to p50, {where}", p99 / p50, "x", at_most=goal)
 
 
 @contextmanager

@@ -1,9 +1,10 @@
 """The floor of this service: what it does with a request, in one process and without HTTP.
 
-    python -m benchmarks.serving_floor FOLDER BUNDLE STORE SECONDS
+    python -m benchmarks.serving_floor FOLDER BUNDLE STORE
 
-reads bodies-N.json in FOLDER, and prints requests per second by N, and the milliseconds that the
-parts of a request of the largest N take.
+reads bodies-N.json in FOLDER, and answers each line of its input with one of its output:
+["rate", N, AT_ONCE, SECONDS] with requests per second, ["parts", N] with the milliseconds that the
+parts of a request take.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import orjson
 import uvloop
@@ -32,40 +34,29 @@ from service.settings import Settings
 from service.vetting import load
 from service.windows import WindowSource
 
-AT_ONCE = (1, 4)
-"""Requests under way; the better one counts. With several, the wait for the store costs nothing."""
 TIMED = 10
 """How often each body is taken apart."""
 
 
-def main(folder: Path, bundle: Path, store: str, seconds: float) -> None:
+def main(folder: Path, bundle: Path, store: str) -> None:
     settings = Settings(registry=str(bundle.parent), store=store, store_deadline_ms=2000.0)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        print(json.dumps(runner.run(_measure(folder, bundle, settings, seconds))))
-
-
-async def _measure(
-    folder: Path, bundle: Path, settings: Settings, seconds: float
-) -> dict[str, dict[str, float]]:
-    source = WindowSource(settings)
-    scorer = await load(bundle, source, settings.store_deadline_ms)
-    gc.collect()
-    gc.freeze()
     bodies = {
         int(path.stem.split("-")[1]): [
             orjson.dumps(body) for body in orjson.loads(path.read_bytes())
         ]
         for path in folder.glob("bodies-*.json")
     }
-    rates = {}
-    for num, contents in sorted(bodies.items()):
-        await _rate(scorer, settings, contents, 1, seconds / 4)
-        found = [await _rate(scorer, settings, contents, n, seconds) for n in AT_ONCE]
-        rates[str(num)] = max(found)
-    parts = await _parts(scorer, settings, bodies[max(bodies)])
-    await source.let_go(scorer.reader)
-    source.close()
-    return {"rates": rates, "parts_ms": parts}
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        source = WindowSource(settings)
+        scorer = runner.run(load(bundle, source, settings.store_deadline_ms))
+        gc.collect()
+        gc.freeze()
+        for line in sys.stdin:
+            what, num, *more = json.loads(line)
+            found = runner.run(_MEASURES[what](scorer, settings, bodies[num], *more))
+            print(json.dumps(found), flush=True)
+        runner.run(source.let_go(scorer.reader))
+        source.close()
 
 
 async def _rate(
@@ -79,7 +70,7 @@ async def _rate(
         while time.perf_counter() < start_s + seconds:
             asked = decode(next(waiting), settings)
             found = await scorer.score(asked.to_encode(), Deadline(), Stages())
-            answer = {
+            answer: dict[str, object] = {
                 "model": found.model,
                 "scores": found.scores,
                 "degraded": [],
@@ -140,5 +131,7 @@ def _runner(model: Path, inputs: Sequence[Tensor]) -> Run:
     return run
 
 
+_MEASURES: Mapping[str, Callable[..., Coroutine[Any, Any, Any]]] = {"rate": _rate, "parts": _parts}
+
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], float(sys.argv[4]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -27,6 +27,10 @@ PEERS = ROOT / "build" / "bench" / "peers"
 SCRIPTS = ROOT / "benchmarks" / "peers"
 START_TIMEOUT_S = 90.0
 ASK_TIMEOUT_S = 10.0
+
+
+Ask = Callable[..., Any]
+"""Puts a question to `benchmarks.serving_floor`, and gives its answer."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +106,42 @@ def running(system: System, served: Served, core: int) -> Iterator[int]:
         content = system.content(next(iter(served.bodies.values()))[0])
         await_answer(system.name, content, port, process, log)
         yield port
+
+
+@contextmanager
+def floor(served: Served, core: int) -> Iterator[Ask]:
+    """The process that answers requests without HTTP, on that core, once it is asked to.
+
+    Raises:
+        RuntimeError: when it is asked and has ended.
+    """
+    for num, bodies in served.bodies.items():
+        (served.folder / f"bodies-{num}.json").write_text(json.dumps(bodies))
+    current = served.workspace.registry.current()
+    assert current is not None
+    bundle = served.workspace.registry.path(current.current)
+    command = [sys.executable, "-m", "benchmarks.serving_floor", str(served.folder), str(bundle)]
+    pinned = partial(os.sched_setaffinity, 0, {core})
+    with subprocess.Popen(
+        [*command, served.store],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        preexec_fn=pinned,
+    ) as process:
+        yield partial(_ask, process)
+
+
+def _ask(process: subprocess.Popen[str], *values: object) -> Any:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    try:
+        process.stdin.write(json.dumps(values) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+    except (BrokenPipeError, json.JSONDecodeError):
+        raise RuntimeError("the process without HTTP has ended; why is above") from None
 
 
 @contextmanager

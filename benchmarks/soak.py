@@ -21,7 +21,7 @@ import numpy as np
 import redis
 
 from benchmarks.figures import Figures
-from benchmarks.processes import Memory
+from benchmarks.processes import Sampler
 from benchmarks.serving import arguments_of, model_of, on_core
 from benchmarks.serving_model import Served, make
 from benchmarks.serving_peers import OURS, await_answer, free_port, started
@@ -88,7 +88,7 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
             requests = encode(bodies, "127.0.0.1", SCORE_PATH)
             rate = SHARE * sustained(port, requests)
             runner = Runner(Target("127.0.0.1", port), requests, watch=watch)
-            with Memory(pid) as memory:
+            with Sampler(pid) as sampler:
                 loop.run(_until_told(runner, phases(rate, seconds, promote, store_pid)))
     limits = Limits(max_failures=0)
     url, what = f"http://127.0.0.1:{port}", f"{BODIES} pages of {source.root.name}"
@@ -96,10 +96,10 @@ def run(source: Workspace, asof: date, recipe: Recipe, out: Path, seconds: float
     report = Report(by, url, 0, what, [CANDIDATES], reports, limits, started=runner.started)
     print(table(report.phases))
     report.write(out / "soak-report.json")
-    draw(report, out / "soak.png", memory.samples)
+    draw(report, out / "soak.png", sampler.memory)
     if runner.stop.is_set():
         sys.exit(f"benchmarks.soak: ended early, so without figures; what ran is in {out}")
-    found = figures(report.phases, memory, rate)
+    found = figures(report.phases, sampler, rate)
     found.write(out / "soak.json")
     return found
 
@@ -109,7 +109,7 @@ async def _until_told(runner: Runner, load: Sequence[Phase]) -> None:
         await runner.run(load)
 
 
-def figures(reports: Sequence[PhaseReport], memory: Memory, rate: float) -> Figures:
+def figures(reports: Sequence[PhaseReport], sampler: Sampler, rate: float) -> Figures:
     """What it comes to."""
     found = Figures()
     found.add("length", sum(report.seconds for report in reports), "s")
@@ -131,12 +131,12 @@ def figures(reports: Sequence[PhaseReport], memory: Memory, rate: float) -> Figu
         "p99 of swaps to steady", median(p99["swaps"]) / median(p99["steady"]), "x", at_most=1.2
     )
     settled_s = sum(report.seconds for report in reports[:2])
-    settled, most = memory.most(0, settled_s), memory.most(settled_s, float("inf"))
+    settled, most = sampler.most(0, settled_s), sampler.most(settled_s, float("inf"))
     found.add("memory, the most until the end of the first swaps", settled / 1e6, "MB")
     found.add("growth of memory after it", most / settled - 1, "", at_most=0.1)
-    found.add("without a processor, the whole machine", sum(memory.stolen_s), "s")
-    found.add("the same, the worst second", max(memory.stolen_s, default=0.0) * 1000, "ms")
-    found.add("slowness of the machine", slowness(memory.loop_s), "x")
+    found.add("without a processor, the whole machine", sum(sampler.stolen_s), "s")
+    found.add("the same, the worst second", max(sampler.stolen_s, default=0.0) * 1000, "ms")
+    found.add("slowness of the machine", slowness(sampler.loop_s), "x")
     return found
 
 

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import orjson
 
 from benchmarks.figures import Figures
@@ -55,7 +54,7 @@ def _add_items(source: Artifact, draft: Path, num: int) -> None:
     rows = np.append(rows[np.argsort(keys)], num_old)  # the last one is the missing item's
     path, shape = draft / PARTS, (len(rows), source.parts.shape[1])
     path.unlink()
-    parts: npt.NDArray[np.float32] = np.lib.format.open_memmap(path, "w+", np.float32, shape)
+    parts = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     for start in range(0, len(rows), CHUNK):
         parts[start : start + CHUNK] = source.parts[rows[start : start + CHUNK]]
     parts.flush()

@@ -151,8 +151,13 @@ class Registry:
         return sorted(path.name for path in found if is_old(_changed_s(path)))
 
     def sweep(self, remnant: str) -> None:
-        """Deletes one of `remnants`."""
+        """Deletes one of `remnants`.
+
+        Raises:
+            RegistryError: something of it is left.
+        """
         shutil.rmtree(self.root / remnant, ignore_errors=True)
+        _check_gone(self.root / remnant)
 
     def close(self) -> None:
         """Whatever is under way ends soon, in an error."""
@@ -162,8 +167,12 @@ class Registry:
         return False
 
     def remove(self, bundle_id: str) -> None:
-        """Takes a bundle away in one step, then deletes it; who has it open keeps its pages."""
-        self._delete(self.path(bundle_id))
+        """Takes a bundle away in one step, then deletes it; who has it open keeps its pages.
+
+        Raises:
+            RegistryError: no such bundle; or something of it is left, though no longer as one.
+        """
+        _check_gone(self._delete(self.path(bundle_id)))
 
     @contextmanager
     def draft(self) -> Iterator[Path]:
@@ -276,11 +285,14 @@ class Registry:
             self._verify(before.previous)
             return self._write(replace(before, current=before.previous, previous=before.current))
 
-    def _delete(self, folder: Path) -> None:
+    def _delete(self, folder: Path) -> Path:
+        """Takes a folder away in one step, then deletes as much of it as can be; gives its last
+        name."""
         hidden = self.root / f".removed-{folder.name}"
         shutil.rmtree(hidden, ignore_errors=True)  # of a removal that broke off
         folder.rename(hidden)
         shutil.rmtree(hidden, ignore_errors=True)
+        return hidden
 
     def _check_gates(self, bundle_id: str) -> None:
         if reasons := refusals(self.read(bundle_id)):
@@ -351,6 +363,11 @@ def _with(current: Current, role: Role, beside: Beside | None) -> Current:
     if role == "canary":
         return replace(current, canary=beside)
     return replace(current, shadow=beside)
+
+
+def _check_gone(folder: Path) -> None:
+    if folder.exists():
+        raise RegistryError(f"{folder}: not all of it could be removed; may you, and is it in use?")
 
 
 def _changed_s(folder: Path) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,13 +20,14 @@ from benchmarks import serving_peers
 from benchmarks.figures import Figures
 from benchmarks.peers.conventional import Model
 from benchmarks.serving import (
+    FLOOR,
     OURS,
     PLAIN,
     QUICK,
     TILED,
     TUNED,
     Differing,
-    Round,
+    Found,
     check,
     figures,
     main,
@@ -124,6 +125,13 @@ def test_a_server_that_does_not_start_is_named_with_its_log(served: Served) -> N
         pass
 
 
+def test_a_process_without_http_that_has_ended_is_told(served: Served) -> None:
+    with serving_peers.floor(served, min(os.sched_getaffinity(0))) as without_http:
+        assert without_http("rate", min(SIZE.candidates), 2, 0.2) > 0
+        with pytest.raises(RuntimeError, match="without HTTP has ended"):
+            without_http("no such thing", min(SIZE.candidates))
+
+
 def test_matching_row_by_row_is_the_same_as_matching_once() -> None:
     random = torch.Generator().manual_seed(0)
     num, steps, columns = 7, 20, [2, 0]
@@ -148,46 +156,49 @@ def test_each_ad_is_an_object_for_the_plain_server_with_the_same_content() -> No
     ]
 
 
-def rounds_of(*rates: dict[str, float], floor: float = 100.0) -> list[Round]:
+def found_of(ours: float, others: dict[str, float], speeds: Sequence[float] = (1.0,)) -> Found:
+    """Pairs on a machine of one speed after the other."""
     num = max(SIZE.candidates)
-    return [
-        Round(
-            floor=dict.fromkeys(SIZE.candidates, floor),
-            parts_ms={"decode": 1.0},
-            rate={(name, n): rate for name, rate in each.items() for n in SIZE.candidates},
-            latency={
-                (OURS.name, num, "half"): (1.0, 2.6, 2.0),
-                (OURS.name, num, "a tenth"): (1.0, 1.7, 1.0),
-            },
-        )
-        for each in rates
-    ]
+    return Found(
+        pairs={
+            (name, n): [(rate * speed, ours * speed) for speed in speeds]
+            for name, rate in {FLOOR: 100.0, **others}.items()
+            for n in SIZE.candidates
+        },
+        parts_ms={"decode": 1.0},
+        latency={
+            (OURS.name, num, "half"): (1.0, 2.6, 2.0),
+            (OURS.name, num, "a tenth"): (1.0, 1.7, 1.0),
+        },
+    )
 
 
-def test_a_ratio_is_of_two_figures_of_one_round_and_the_median_of_them() -> None:
-    """The second round was on a machine of half the speed, which moves no ratio."""
-    each = {OURS.name: 90.0, TUNED: 40.0, TILED: 30.0, PLAIN: 10.0}
-    slow = {name: rate / 2 for name, rate in each.items()}
-    found = {f.figure: f for f in figures(rounds_of(each, slow, slow), SIZE).found}
+def test_a_ratio_is_of_two_figures_of_one_pair_and_the_median_of_them() -> None:
+    """A machine of half the speed moves no ratio."""
+    each = {TUNED: 40.0, TILED: 30.0, PLAIN: 10.0}
+    found = {f.figure: f for f in figures(found_of(90.0, each, (1.0, 0.5, 0.5)), SIZE).found}
     num = max(SIZE.candidates)
     ratio = found[f"{OURS.name} to {TUNED}, N = {num}"]
     assert (ratio.value, ratio.met) == (2.25, True)
     assert found[f"{OURS.name} to {TILED}, N = {num}"].met is False
     assert found[f"{OURS.name} to {PLAIN}, N = {num}"].met is True
     assert found[f"requests per second, N = {num}, {OURS.name}"].value == 45.0
-    assert found[f"{OURS.name} to its floor, N = {num}"].met is False
+    floor = found[f"{OURS.name} to its floor, N = {num}"]
+    assert (floor.value, floor.met) == (0.9, True)
+    assert found[f"requests per second, N = {num}, {FLOOR}"].value == 50.0
     assert found[f"{OURS.name} to {TUNED}, N = {min(SIZE.candidates)}"].met is None
 
 
 def test_a_floor_that_was_beaten_is_counted_as_a_disturbance() -> None:
     said = "times that the floor was beaten, so disturbed"
     for rate, times, met in ((104.0, 0, True), (110.0, len(SIZE.candidates), False)):
-        found = {f.figure: f for f in figures(rounds_of({OURS.name: rate}), SIZE).found}
+        found = {f.figure: f for f in figures(found_of(rate, {}), SIZE).found}
         assert (found[said].value, found[said].met) == (times, met)
 
 
 def test_latency_is_judged_beside_an_ideal_queue_and_beside_its_median() -> None:
-    found = {f.figure: f for f in figures(rounds_of({OURS.name: 90.0}), SIZE).found}
+    found = {f.figure: f for f in figures(found_of(89.0, {}), SIZE).found}
+    assert found[f"{OURS.name} to its floor, N = {max(SIZE.candidates)}"].met is False
     num = max(SIZE.candidates)
     half = found[f"p99 to an ideal queue, N = {num}, half of the maximum, {OURS.name}"]
     assert (half.value, half.goal, half.met) == (1.3, "<= 1.3", True)

@@ -15,7 +15,7 @@ from conftest import Exported
 
 from benchmarks import overload, soak, startup
 from benchmarks.figures import Figures
-from benchmarks.processes import Memory
+from benchmarks.processes import Sampler
 from bundle.artifact import open_artifact
 from bundle.registry import Registry
 from loadtest.report import Event, Latency, PhaseReport, Plan, Second
@@ -108,10 +108,10 @@ def phase(
 def test_each_thing_that_must_not_happen_is_seen(
     failed: dict[str, int], ok: bool, p99_ms: float, last_mb: int, unmet: set[str]
 ) -> None:
-    memory = Memory(os.getpid())
-    memory.samples = [(5.0, 100_000_000), (25.0, last_mb * 1_000_000)]
+    sampler = Sampler(os.getpid())
+    sampler.memory = [(5.0, 100_000_000), (25.0, last_mb * 1_000_000)]
     reports = [phase("steady"), phase("swaps", p99_ms=p99_ms), phase("frozen", failed, ok)]
-    found = met(soak.figures(reports, memory, rate=5.0))
+    found = met(soak.figures(reports, sampler, rate=5.0))
     assert {figure for figure, is_met in found.items() if is_met is False} == unmet
 
 

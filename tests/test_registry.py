@@ -292,6 +292,23 @@ def test_what_broke_off_is_swept_a_day_later_and_nothing_else(
     assert registry.ids() == [bundle_id]
 
 
+def test_what_could_not_be_removed_is_told_and_is_no_bundle_all_the_same(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle_id, registry = add_bundle(place), place.registry
+    monkeypatch.setattr("bundle.registry.shutil.rmtree", lambda *_, **__: None)
+    with pytest.raises(RegistryError, match=f"removed-{bundle_id}: not all of it could be removed"):
+        registry.remove(bundle_id)
+    assert registry.ids() == []
+    monkeypatch.setattr("bundle.registry.REMNANT_S", -5.0)
+    (remnant,) = registry.remnants()
+    with pytest.raises(RegistryError, match="not all of it could be removed"):
+        registry.sweep(remnant)
+    monkeypatch.undo()
+    registry.sweep(remnant)
+    assert not (registry.root / remnant).exists()
+
+
 def test_only_old_bundles_that_nothing_needs_can_be_pruned(place: Place) -> None:
     registry = place.registry
     ids = [add_bundle(place, bias=day / 10, asof=f"2017-07-{day:02}") for day in range(1, 7)]

@@ -11,7 +11,7 @@ import gc
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -64,7 +64,7 @@ class Model:
         """Some requests of each size; then what is alive is no longer walked by collections."""
         for body in self._examples:
             for _ in range(WARM_UP):
-                self.scores(body, client.mget(self.keys(body)))
+                self.scores(body, cast(list[bytes | None], client.mget(self.keys(body))))
         gc.collect()
         gc.freeze()
 

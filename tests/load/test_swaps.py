@@ -13,7 +13,7 @@ from bundles import ITEMS, add_bundle, body, eventually, make_place
 from test_monitoring import total
 from test_service_app import is_ready, process
 
-from benchmarks.processes import Memory, workers
+from benchmarks.processes import Sampler, workers
 from loadtest import loop
 from loadtest.address import SCORE_PATH
 from loadtest.bodies import encode
@@ -49,6 +49,7 @@ class Observer:
                 self.answers.add((answer["model"], tuple(answer["scores"])))
 
 
+@pytest.mark.timeout(1200)
 def test_five_hundred_swaps_fail_no_request_mix_no_scores_and_leave_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -63,7 +64,7 @@ def test_five_hundred_swaps_fail_no_request_mix_no_scores_and_leave_no_memory(
         eventually(lambda: is_ready(url) and total(url, "ecdctr_swaps_total") == 2)
         requests = encode([body(num=len(ITEMS))], "127.0.0.1", SCORE_PATH)
         runner = Runner(Target("127.0.0.1", int(url.rpartition(":")[2])), requests)
-        first, second = (Memory(pid) for pid in workers(server.pid))
+        first, second = (Sampler(pid) for pid in workers(server.pid))
         with Observer(url) as observer, first, second:
             phases = [Phase("steady", 20.0, RATE), Phase("swaps", seconds, RATE, disturbance=swap)]
             loop.run(runner.run(phases))
@@ -78,7 +79,7 @@ def test_five_hundred_swaps_fail_no_request_mix_no_scores_and_leave_no_memory(
     assert swaps.latency_ms.p99
     print(f"p99 {steady.latency_ms.p99:.1f} ms steady, {swaps.latency_ms.p99:.1f} ms over swaps")
     settled_s = 20.0 + 10 * EVERY_S
-    for memory in (first, second):
-        growth = memory.most(settled_s, float("inf")) / memory.most(0, settled_s) - 1
+    for sampler in (first, second):
+        growth = sampler.most(settled_s, float("inf")) / sampler.most(0, settled_s) - 1
         print(f"grown by {growth:.1%}")
         assert growth <= 0.1
