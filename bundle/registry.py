@@ -367,7 +367,9 @@ def _with(current: Current, role: Role, beside: Beside | None) -> Current:
 
 def _check_gone(folder: Path) -> None:
     if folder.exists():
-        raise RegistryError(f"{folder}: not all of it could be removed; may you, and is it in use?")
+        raise RegistryError(
+            f"{folder}: not all of it could be removed; check its owner and permissions"
+        )
 
 
 def _changed_s(folder: Path) -> float:
