@@ -150,12 +150,10 @@ class Node:
         try:
             while self._idle:
                 connection = self._idle.pop()
-                try:
-                    if not await connection.can_read():  # else it was closed by the other side
+                if await _is_open(connection):
+                    # Where it is closed on the way, another is as good.
+                    with contextlib.suppress(redis.exceptions.ConnectionError):
                         return await self._exchange(connection, commands)
-                except redis.exceptions.ConnectionError:
-                    pass  # closed while it lay idle, or on the way: another is as good
-                await _drop(connection)
             return await self._exchange(self._new(), commands)
         finally:
             self._num_active -= 1
@@ -242,6 +240,19 @@ class Node:
 
 async def _connect(connection: AbstractConnection) -> None:
     await connection.connect()  # type: ignore[no-untyped-call]
+
+
+async def _is_open(connection: AbstractConnection) -> bool:
+    """Whether the other side has left it open while it lay idle; drops it unless that is known."""
+    is_open = False
+    try:
+        is_open = not await connection.can_read()
+    except redis.exceptions.ConnectionError:
+        pass
+    finally:
+        if not is_open:
+            await _drop(connection)
+    return is_open
 
 
 async def _drop(connection: AbstractConnection) -> None:

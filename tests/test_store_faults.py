@@ -141,6 +141,27 @@ def num_files() -> int:
     return len(os.listdir("/proc/self/fd"))
 
 
+def test_a_connection_that_is_looked_at_when_time_is_up_is_closed(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def look_long(_: object) -> bool:
+        await asyncio.sleep(60)
+        return False
+
+    async def run() -> None:
+        async with opened(place.url) as reader:
+            await assert_found(reader, IDS[:5])
+            before = num_files()
+            for _ in range(3):
+                with monkeypatch.context() as patch:
+                    patch.setattr("redis.asyncio.connection.AbstractConnection.can_read", look_long)
+                    assert isinstance(await outcome(reader, IDS[:5]), StoreTimeout)
+                await usable(reader, IDS[:5])
+            await soon(lambda: num_files() <= before)
+
+    asyncio.run(run())
+
+
 def counted(server: Server) -> tuple[int, int]:
     """Connections and commands that the server has seen."""
     with server.client() as client:
