@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import date
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -188,6 +189,14 @@ class Server:
     served: Served
     size: Size
 
+    @cached_property
+    def _requests(self) -> dict[int, list[Request]]:
+        """By the number of candidates; made once, and not between two that take turns."""
+        return {
+            num: [_wire(self.system, body, num) for body in bodies]
+            for num, bodies in self.served.bodies.items()
+        }
+
     def rate(self, num: int, clients: int) -> float:
         """Requests a second of so many clients that wait for their answers."""
         return self._phase(num, Phase("closed", self.size.closed_s, clients=clients)).ok_per_s
@@ -222,8 +231,8 @@ class Server:
 
     def _phase(self, num: int, phase: Phase) -> PhaseReport:
         """A runner's first phase has its arrivals from the seed itself."""
-        requests = [_wire(self.system, body, num) for body in self.served.bodies[num]]
-        report = loop.run(Runner(Target("127.0.0.1", self.port), requests).run_phase(phase))
+        runner = Runner(Target("127.0.0.1", self.port), self._requests[num])
+        report = loop.run(runner.run_phase(phase))
         if report.num_failed or report.degraded:
             what = f"{self.system.name}, {num} candidates"
             raise RuntimeError(f"{what}: failed {report.failed}, degraded {report.degraded_by}")
@@ -259,10 +268,10 @@ def _stages(port: int, contents: Sequence[bytes]) -> dict[str, float]:
 
 def figures(found: Found, size: Size) -> Figures:
     """Medians; a ratio is that of the two figures of a pair."""
-    said, others = Figures(), list(dict.fromkeys(name for name, _ in found.pairs))
+    said, others = Figures(), [n for n in dict.fromkeys(n for n, _ in found.pairs) if n != FLOOR]
     fewest, most = min(size.candidates), max(size.candidates)
     for num in size.candidates:
-        for name in (FLOOR, OURS.name, *others[1:]):
+        for name in (FLOOR, OURS.name, *others):
             rate = found.maximum(name, num)
             said.add(f"requests per second, N = {num}, {name}", rate, "1/s")
     for num in size.candidates:
@@ -272,7 +281,7 @@ def figures(found: Found, size: Size) -> Figures:
     pairs = [pair for num in size.candidates for pair in found.pairs[FLOOR, num]]
     disturbed = sum(ours > POSSIBLE * floor for floor, ours in pairs)
     said.add("times that the floor was beaten, so disturbed", disturbed, "", at_most=0)
-    for name in others[1:]:
+    for name in others:
         for num in size.candidates:
             goal = GOALS.get(name) if num == most else None
             times = found.times(name, num)

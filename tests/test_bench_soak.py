@@ -26,12 +26,18 @@ def met(found: Figures) -> dict[str, bool | None]:
     return {figure.figure: figure.met for figure in found.found}
 
 
-def test_a_short_soak_swaps_and_freezes_and_leaves_its_figures_and_a_picture(
-    tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A soak of small requests, at a rate for a machine that does other things as well."""
     monkeypatch.setattr(soak, "CANDIDATES", 8)
     monkeypatch.setattr(soak, "CAPACITY_S", 3.0)
-    monkeypatch.setattr(soak, "SHARE", 0.1)  # for a machine that does other things as well
+    monkeypatch.setattr(soak, "SHARE", 0.1)
+
+
+@pytest.mark.usefixtures("short")
+def test_a_short_soak_swaps_and_freezes_and_leaves_its_figures_and_a_picture(
+    tiny_exported: Exported, tmp_path: Path
+) -> None:
     workspace, recipe = tiny_exported.workspace, tiny_exported.recipe
     found = soak.run(workspace, tiny_exported.asof, recipe, tmp_path, seconds=9.0)
     steady, swaps, frozen = json.loads((tmp_path / "soak-report.json").read_text())["phases"]
@@ -45,6 +51,7 @@ def test_a_short_soak_swaps_and_freezes_and_leaves_its_figures_and_a_picture(
     assert (tmp_path / "soak.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("short")
 def test_a_soak_that_is_ended_early_leaves_what_ran_and_no_figures(
     tiny_exported: Exported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,9 +59,6 @@ def test_a_soak_that_is_ended_early_leaves_what_ran_and_no_figures(
         if plan.name == "swaps":
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(soak, "CANDIDATES", 8)
-    monkeypatch.setattr(soak, "CAPACITY_S", 3.0)
-    monkeypatch.setattr(soak, "SHARE", 0.1)
     monkeypatch.setattr(soak, "watch", end_second)
     with pytest.raises(SystemExit, match="ended early"):
         soak.run(
